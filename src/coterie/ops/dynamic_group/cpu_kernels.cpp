@@ -1,0 +1,592 @@
+// Dynamic group attention on the CPU: group and select in one pass each, attend group by group, never hold more than a tile of scores.
+//
+// Plain C++17 with GCC/Clang vector extensions and OpenMP, no torch headers: compiles in seconds, called through ctypes.
+// Layout of all token tensors: element (b, h, t, i) at b*strides[0] + h*strides[1] + t*strides[2] + i. Arithmetic is float (double for
+// double tensors). Work is cut into pieces that do not depend on the number of threads, and sums run in a fixed order:
+// results are the same bits for any number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+namespace {
+
+using i64 = std::int64_t;
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+
+typedef float vfloat __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef double vdouble __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
+typedef std::int32_t vint __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+
+template <class C> struct vector_of;
+template <> struct vector_of<float> { using type = vfloat; };
+template <> struct vector_of<double> { using type = vdouble; };
+template <class C> using vec = typename vector_of<C>::type;
+template <class C> constexpr int LANES = VECTOR_BYTES / sizeof(C);
+
+template <class C> inline vec<C>& at(C* p) { return *reinterpret_cast<vec<C>*>(p); }
+template <class C> inline const vec<C>& at(const C* p) { return *reinterpret_cast<const vec<C>*>(p); }
+
+constexpr int TILE = 48;     // queries per tile: scores of a tile stay in the first-level caches
+constexpr int CHUNK = 1024;  // queries per piece of work: a giant group is shared among threads
+constexpr int OK = 0, BAD_ASSIGNMENT = 1, BAD_SELECTED = 2, NO_MEMORY = 3;
+
+// ---------------------------------------------------------------------------------------------------------------- storage types
+struct bf16 { std::uint16_t bits; };
+inline float load(bf16 x) {
+    std::uint32_t u = std::uint32_t(x.bits) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+inline float load(float x) { return x; }
+inline double load(double x) { return x; }
+inline void store(float* p, float x) { *p = x; }
+inline void store(double* p, double x) { *p = x; }
+inline void store(bf16* p, float x) {
+    std::uint32_t u;
+    std::memcpy(&u, &x, 4);
+    if ((u & 0x7fffffffu) > 0x7f800000u) { p->bits = std::uint16_t((u >> 16) | 0x40); return; }  // NaN stays NaN
+    p->bits = std::uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);                             // round to nearest even
+}
+
+// ---------------------------------------------------------------------------------------------------------------- small matrices
+// C[M, N] (+)= A[M, K] B[K, N] with A(i, k) at a[i*ars + k*acs]; N is a multiple of the vector length, B and C are packed rows.
+template <class C, int R, int V, bool ADD>
+inline void block(const C* a, i64 ars, i64 acs, const C* b, i64 ldb, C* c, i64 ldc, int K) {
+    constexpr int W = LANES<C>;
+    vec<C> sum[R][V];
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) sum[r][v] = ADD ? at(c + r * ldc + v * W) : vec<C>{};
+    for (int k = 0; k < K; ++k) {
+        vec<C> row[V];
+        for (int v = 0; v < V; ++v) row[v] = at(b + k * ldb + v * W);
+        for (int r = 0; r < R; ++r) {
+            const C x = a[r * ars + k * acs];
+            for (int v = 0; v < V; ++v) sum[r][v] += x * row[v];
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) at(c + r * ldc + v * W) = sum[r][v];
+}
+
+template <class C, int V, bool ADD>
+inline void rows(const C* a, i64 ars, i64 acs, const C* b, i64 ldb, C* c, i64 ldc, int M, int K) {
+    int i = 0;
+    for (; i + 6 <= M; i += 6) block<C, 6, V, ADD>(a + i * ars, ars, acs, b, ldb, c + i * ldc, ldc, K);
+    for (; i + 2 <= M; i += 2) block<C, 2, V, ADD>(a + i * ars, ars, acs, b, ldb, c + i * ldc, ldc, K);
+    for (; i < M; ++i) block<C, 1, V, ADD>(a + i * ars, ars, acs, b, ldb, c + i * ldc, ldc, K);
+}
+
+template <class C, bool ADD>
+void multiply(const C* a, i64 ars, i64 acs, const C* b, i64 ldb, C* c, i64 ldc, int M, int N, int K) {
+    constexpr int W = LANES<C>;
+    int j = 0;
+    for (; j + 2 * W <= N; j += 2 * W) rows<C, 2, ADD>(a, ars, acs, b + j, ldb, c + j, ldc, M, K);
+    for (; j < N; j += W) rows<C, 1, ADD>(a, ars, acs, b + j, ldb, c + j, ldc, M, K);
+}
+
+inline vfloat exponential(vfloat x) {  // relative error 2e-7 on (-87, 88); below it flushes to zero
+    const vint below = x < -87.0f;
+    const vfloat shifted = x * 1.44269504088896341f + 12582912.0f;  // round to integer in the low bits of the mantissa
+    const vfloat n = shifted - 12582912.0f;
+    vfloat r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vfloat p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const vint power = (reinterpret_cast<const vint&>(shifted) + (127 - 0x4B400000)) << 23;
+    const vfloat y = p * reinterpret_cast<const vfloat&>(power);
+    const vint kept = reinterpret_cast<const vint&>(y) & ~below;
+    return reinterpret_cast<const vfloat&>(kept);
+}
+inline vdouble exponential(vdouble x) {
+    for (int l = 0; l < LANES<double>; ++l) x[l] = std::exp(x[l]);
+    return x;
+}
+
+template <class C> inline C horizontal_sum(vec<C> v) {
+    C s = 0;
+    for (int l = 0; l < LANES<C>; ++l) s += v[l];
+    return s;
+}
+
+template <class C> inline int padded(i64 n) { return int((n + LANES<C> - 1) / LANES<C> * LANES<C>); }
+
+// A block of memory of this thread, cut into arrays; grows, is never shrunk, and goes with the thread.
+class Workspace {
+    std::unique_ptr<char[]> memory;
+    std::size_t size = 0, used = 0;
+public:
+    void reserve(std::size_t bytes) {
+        if (bytes > size) { memory.reset(); size = 0; memory.reset(new char[bytes + 64]); size = bytes; }
+        used = (64 - reinterpret_cast<std::uintptr_t>(memory.get()) % 64) % 64;
+    }
+    template <class T> T* take(std::size_t n) {
+        T* p = reinterpret_cast<T*>(memory.get() + used);
+        used += (n * sizeof(T) + 63) / 64 * 64;
+        return p;
+    }
+};
+template <class C> std::size_t bytes_of(std::initializer_list<std::size_t> counts) {
+    std::size_t total = 64;
+    for (std::size_t n : counts) total += (n * sizeof(C) + 63) / 64 * 64;
+    return total;
+}
+Workspace& workspace() {
+    static thread_local Workspace w;
+    return w;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- assignment, selection
+struct Candidate {
+    float score;
+    std::int32_t index;
+};
+inline bool better(const Candidate& x, const Candidate& y) {  // higher score first, then lower index; a NaN score is last
+    return x.score > y.score || (x.score == y.score && x.index < y.index);
+}
+
+// The best `k` of a stream of candidates that comes in order of rising index.
+struct TopK {
+    std::vector<Candidate> held;
+    std::size_t k = 0, limit = 0;
+    void begin(std::size_t top_k) {
+        k = top_k;
+        limit = std::max<std::size_t>(2 * k, 64);
+        held.clear();
+        held.reserve(limit);
+    }
+    // Returns the score that the next candidate has to exceed.
+    float offer(float score, std::int32_t index, float bar) {
+        held.push_back({score, index});
+        if (held.size() < limit) return bar;
+        std::nth_element(held.begin(), held.begin() + (k - 1), held.end(), better);
+        held.resize(k);
+        return held[k - 1].score;
+    }
+    void finish() {
+        const std::size_t n = std::min(k, held.size());
+        std::partial_sort(held.begin(), held.begin() + n, held.end(), better);
+        held.resize(n);
+    }
+};
+
+template <class T>
+inline void load_rows(const T* x, i64 stride, int n, int d, float* out, int ld, bool unit) {
+    for (int r = 0; r < n; ++r) {
+        for (int i = 0; i < d; ++i) out[r * ld + i] = float(load(x[r * stride + i]));
+        if (unit) {
+            float square = 0;
+            for (int i = 0; i < d; ++i) square += out[r * ld + i] * out[r * ld + i];
+            const float inverse = 1.0f / std::max(std::sqrt(square), std::numeric_limits<float>::min());
+            for (int i = 0; i < d; ++i) out[r * ld + i] *= inverse;
+        }
+    }
+}
+
+// Pack (G, d) rows as (d, Gp) columns, padding with zeros.
+inline void pack_columns(const float* w, int G, int d, float* out, int Gp) {
+    std::fill(out, out + i64(d) * Gp, 0.0f);
+    for (int g = 0; g < G; ++g)
+        for (int i = 0; i < d; ++i) out[i * Gp + g] = w[i64(g) * d + i];
+}
+
+template <class T>
+int dynamic_groups(const T* q, const T* k, const float* closeness, const float* bias, const float* direction, const std::uint8_t* mask,
+                   i64* assignment, i64* selected, i64 B, i64 H, i64 Lq, i64 Lk, int d, int G, int top_k, const i64* qs, const i64* ks,
+                   int unit_keys, int threads) {
+    constexpr int W = LANES<float>, ROWS = 48;
+    const int Gp = padded<float>(G);
+    const i64 QP = 2048, KP = 8192;  // queries, keys per piece of work
+    const i64 qpieces = (Lq + QP - 1) / QP, kpieces = (Lk + KP - 1) / KP;
+    int failed = 0;
+
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (i64 item = 0; item < B * H * qpieces; ++item) {
+        const i64 b = item / qpieces / H, h = item / qpieces % H, from = item % qpieces * QP, to = std::min(Lq, from + QP);
+        Workspace& w = workspace();
+        w.reserve(bytes_of<float>({std::size_t(d) * Gp, std::size_t(ROWS) * d, std::size_t(ROWS) * Gp, std::size_t(Gp)}));
+        float* packed = w.take<float>(std::size_t(d) * Gp);
+        float* x = w.take<float>(std::size_t(ROWS) * d);
+        float* score = w.take<float>(std::size_t(ROWS) * Gp);
+        float* offset = w.take<float>(Gp);
+        pack_columns(closeness + h * G * d, G, d, packed, Gp);
+        for (int g = 0; g < Gp; ++g) offset[g] = g < G ? bias[h * G + g] : -std::numeric_limits<float>::infinity();
+        for (i64 t = from; t < to; t += ROWS) {
+            const int n = int(std::min<i64>(ROWS, to - t));
+            load_rows(q + b * qs[0] + h * qs[1] + t * qs[2], qs[2], n, d, x, d, false);
+            multiply<float, false>(x, d, 1, packed, Gp, score, Gp, n, Gp, d);
+            for (int r = 0; r < n; ++r) {
+                vfloat best = at(score + r * Gp) + at(offset);
+                vint which = {};
+                for (int c = W; c < Gp; c += W) {
+                    const vfloat s = at(score + r * Gp + c) + at(offset + c);
+                    const vint more = s > best;
+                    best = more ? s : best;
+                    which = more ? vint{} + c : which;
+                }
+                int arg = 0;
+                float top = -std::numeric_limits<float>::infinity();
+                for (int l = 0; l < W; ++l) {
+                    const int candidate = which[l] + l;
+                    if (candidate < G && (best[l] > top || (best[l] == top && candidate < arg))) { top = best[l]; arg = candidate; }
+                }
+                assignment[(b * H + h) * Lq + t + r] = arg;
+            }
+        }
+    }
+
+    std::vector<TopK> found;
+    try {
+        found.resize(std::size_t(B * H * kpieces * G));
+    } catch (const std::bad_alloc&) { return NO_MEMORY; }
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
+    for (i64 item = 0; item < B * H * kpieces; ++item) {
+        try {
+            const i64 b = item / kpieces / H, h = item / kpieces % H, from = item % kpieces * KP, to = std::min(Lk, from + KP);
+            Workspace& w = workspace();
+            w.reserve(bytes_of<float>({std::size_t(d) * Gp, std::size_t(ROWS) * d, std::size_t(ROWS) * Gp, std::size_t(Gp)}));
+            float* packed = w.take<float>(std::size_t(d) * Gp);
+            float* x = w.take<float>(std::size_t(ROWS) * d);
+            float* score = w.take<float>(std::size_t(ROWS) * Gp);
+            float* bar = w.take<float>(Gp);
+            pack_columns(direction + h * G * d, G, d, packed, Gp);
+            for (int g = 0; g < Gp; ++g) bar[g] = g < G ? -std::numeric_limits<float>::infinity() : std::numeric_limits<float>::infinity();
+            TopK* top = &found[std::size_t(item * G)];
+            for (int g = 0; g < G; ++g) top[g].begin(std::size_t(top_k));
+            for (i64 t = from; t < to; t += ROWS) {
+                const int n = int(std::min<i64>(ROWS, to - t));
+                load_rows(k + b * ks[0] + h * ks[1] + t * ks[2], ks[2], n, d, x, d, unit_keys != 0);
+                multiply<float, false>(x, d, 1, packed, Gp, score, Gp, n, Gp, d);
+                for (int r = 0; r < n; ++r) {
+                    if (mask && !mask[b * Lk + t + r]) continue;
+                    for (int c = 0; c < Gp; c += W) {
+                        const vint over = at(score + r * Gp + c) > at(bar + c);
+                        i64 any = 0, words[VECTOR_BYTES / 8];
+                        std::memcpy(words, &over, VECTOR_BYTES);
+                        for (int l = 0; l < VECTOR_BYTES / 8; ++l) any |= words[l];
+                        if (!any) continue;
+                        for (int l = 0; l < W; ++l)
+                            if (over[l]) bar[c + l] = top[c + l].offer(score[r * Gp + c + l], std::int32_t(t + r), bar[c + l]);
+                    }
+                }
+            }
+        } catch (const std::bad_alloc&) { failed |= 1; }
+    }
+    if (failed) return NO_MEMORY;
+
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
+    for (i64 item = 0; item < B * H * G; ++item) {
+        try {
+            const i64 bh = item / G, g = item % G, b = bh / H;
+            TopK& first = found[std::size_t(bh * kpieces * G + g)];
+            for (i64 p = 1; p < kpieces; ++p) {
+                const TopK& next = found[std::size_t((bh * kpieces + p) * G + g)];
+                first.held.insert(first.held.end(), next.held.begin(), next.held.end());
+            }
+            first.finish();
+            i64* out = selected + item * top_k;
+            std::size_t n = 0;
+            for (const Candidate& c : first.held) out[n++] = c.index;
+            // Fewer real keys than top_k (padding, or scores that are NaN): fill with the lowest keys not chosen, masked ones after all others.
+            if (n < std::size_t(top_k)) {
+                std::vector<char> taken(std::size_t(Lk), 0);
+                for (std::size_t i = 0; i < n; ++i) taken[std::size_t(out[i])] = 1;
+                for (int masked = 0; masked < 2; ++masked)
+                    for (i64 t = 0; t < Lk && n < std::size_t(top_k); ++t)
+                        if (!taken[std::size_t(t)] && (mask && !mask[b * Lk + t]) == (masked != 0)) out[n++] = t;
+            }
+        } catch (const std::bad_alloc&) { failed |= 1; }
+    }
+    return failed ? NO_MEMORY : OK;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- pieces of work
+struct Shape {
+    i64 B, H, Lq, Lk;
+    int d, dv, G, K;
+};
+
+struct Piece {
+    i64 bh;
+    int group;
+    i64 from, to;  // positions in the sorted order of the queries of (b, h)
+};
+
+// Counting sort of the queries of every (b, h) by group, and the pieces of at most CHUNK queries of one group.
+int plan(const Shape& s, const i64* assignment, const i64* selected, std::vector<std::int32_t>& order, std::vector<Piece>& pieces, int threads) {
+    order.resize(std::size_t(s.B * s.H * s.Lq));
+    std::vector<i64> start(std::size_t(s.B * s.H * (s.G + 1)));
+    int bad = 0;
+#pragma omp parallel for num_threads(threads) reduction(| : bad)
+    for (i64 bh = 0; bh < s.B * s.H; ++bh) {
+        const i64* a = assignment + bh * s.Lq;
+        i64* first = &start[std::size_t(bh * (s.G + 1))];
+        bool valid = true;
+        for (i64 t = 0; t < s.Lq && valid; ++t) valid = a[t] >= 0 && a[t] < s.G;
+        if (!valid) { bad |= BAD_ASSIGNMENT; continue; }
+        const i64* chosen = selected + bh * s.G * s.K;
+        for (i64 i = 0; i < i64(s.G) * s.K; ++i) valid = valid && chosen[i] >= 0 && chosen[i] < s.Lk;
+        if (!valid) { bad |= BAD_SELECTED; continue; }
+        for (i64 t = 0; t < s.Lq; ++t) ++first[a[t] + 1];
+        for (int g = 0; g < s.G; ++g) first[g + 1] += first[g];
+        std::vector<i64> next(first, first + s.G);
+        for (i64 t = 0; t < s.Lq; ++t) order[std::size_t(bh * s.Lq + next[std::size_t(a[t])]++)] = std::int32_t(t);
+    }
+    if (bad) return bad & BAD_ASSIGNMENT ? BAD_ASSIGNMENT : BAD_SELECTED;
+    for (i64 bh = 0; bh < s.B * s.H; ++bh)
+        for (int g = 0; g < s.G; ++g) {
+            const i64* first = &start[std::size_t(bh * (s.G + 1))];
+            for (i64 t = first[g]; t < first[g + 1]; t += CHUNK) pieces.push_back({bh, g, t, std::min<i64>(first[g + 1], t + CHUNK)});
+        }
+    return OK;
+}
+
+// The keys of a group that may be attended to; returns their number.
+inline int gather_indices(const Shape& s, const i64* selected, const std::uint8_t* mask, const Piece& p, std::int32_t* out) {
+    const i64* chosen = selected + (p.bh * s.G + p.group) * s.K;
+    const std::uint8_t* m = mask ? mask + p.bh / s.H * s.Lk : nullptr;
+    int n = 0;
+    for (int j = 0; j < s.K; ++j)
+        if (!m || m[chosen[j]]) out[n++] = std::int32_t(chosen[j]);
+    return n;
+}
+
+template <class T, class C>
+inline void gather(const T* x, i64 stride, const std::int32_t* index, int n, int d, C factor, C* out, int ld) {
+    for (int r = 0; r < n; ++r) {
+        const T* row = x + index[r] * stride;
+        for (int i = 0; i < d; ++i) out[i64(r) * ld + i] = C(load(row[i])) * factor;
+        for (int i = d; i < ld; ++i) out[i64(r) * ld + i] = 0;
+    }
+}
+
+template <class T, class C>
+inline void gather_transposed(const T* x, i64 stride, const std::int32_t* index, int n, int d, C* out, int ld) {
+    for (int r = 0; r < n; ++r) {
+        const T* row = x + index[r] * stride;
+        for (int i = 0; i < d; ++i) out[i64(i) * ld + r] = C(load(row[i]));
+    }
+    for (int i = 0; i < d; ++i)
+        for (int r = n; r < ld; ++r) out[i64(i) * ld + r] = 0;
+}
+
+template <class T, class C>
+int forward(const T* q, const T* k, const T* v, const i64* assignment, const i64* selected, const std::uint8_t* mask, T* out, C* lse,
+            const Shape& s, const i64* qs, const i64* ks, const i64* vs, double scale, int threads) {
+    std::vector<std::int32_t> order;
+    std::vector<Piece> pieces;
+    if (int bad = plan(s, assignment, selected, order, pieces, threads)) return bad;
+    constexpr int W = LANES<C>;
+    const int Kp = padded<C>(s.K), dp = padded<C>(s.dv);
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
+    for (i64 item = 0; item < i64(pieces.size()); ++item) {
+        try {
+            const Piece& p = pieces[std::size_t(item)];
+            const i64 b = p.bh / s.H, h = p.bh % s.H;
+            Workspace& w = workspace();
+            w.reserve(bytes_of<C>({std::size_t(Kp), std::size_t(s.d) * Kp, std::size_t(s.K) * dp, std::size_t(TILE) * s.d, std::size_t(TILE) * Kp,
+                                   std::size_t(TILE) * dp}));
+            std::int32_t* index = w.take<std::int32_t>(Kp);
+            C* kt = w.take<C>(std::size_t(s.d) * Kp);
+            C* vr = w.take<C>(std::size_t(s.K) * dp);
+            C* x = w.take<C>(std::size_t(TILE) * s.d);
+            C* score = w.take<C>(std::size_t(TILE) * Kp);
+            C* y = w.take<C>(std::size_t(TILE) * dp);
+            const int n = gather_indices(s, selected, mask, p, index);
+            const int np = padded<C>(n);
+            gather_transposed(k + b * ks[0] + h * ks[1], ks[2], index, n, s.d, kt, np);
+            gather(v + b * vs[0] + h * vs[1], vs[2], index, n, s.dv, C(1), vr, dp);
+            const T* qh = q + b * qs[0] + h * qs[1];
+            for (i64 t = p.from; t < p.to; t += TILE) {
+                const std::int32_t* token = &order[std::size_t(p.bh * s.Lq + t)];
+                const int m = int(std::min<i64>(TILE, p.to - t));
+                if (n == 0) {
+                    for (int r = 0; r < m; ++r) {
+                        T* o = out + (p.bh * s.Lq + token[r]) * s.dv;
+                        for (int i = 0; i < s.dv; ++i) store(o + i, C(0));
+                        lse[p.bh * s.Lq + token[r]] = -std::numeric_limits<C>::infinity();
+                    }
+                    continue;
+                }
+                gather(qh, qs[2], token, m, s.d, C(scale), x, s.d);
+                multiply<C, false>(x, s.d, 1, kt, np, score, np, m, np, s.d);
+                C total[TILE], top[TILE];
+                for (int r = 0; r < m; ++r) {
+                    C* row = score + i64(r) * np;
+                    for (int j = n; j < np; ++j) row[j] = -std::numeric_limits<C>::infinity();
+                    vec<C> most = at(row);
+                    for (int j = W; j < np; j += W) most = at(row + j) > most ? at(row + j) : most;
+                    C peak = most[0];
+                    for (int l = 1; l < W; ++l) peak = std::max(peak, most[l]);
+                    vec<C> sum = {};
+                    for (int j = 0; j < np; j += W) {
+                        const vec<C> e = exponential(at(row + j) - peak);
+                        at(row + j) = e;
+                        sum += e;
+                    }
+                    total[r] = horizontal_sum<C>(sum);
+                    top[r] = peak;
+                }
+                multiply<C, false>(score, np, 1, vr, dp, y, dp, m, dp, n);
+                for (int r = 0; r < m; ++r) {
+                    T* o = out + (p.bh * s.Lq + token[r]) * s.dv;
+                    const C inverse = C(1) / total[r];
+                    for (int i = 0; i < s.dv; ++i) store(o + i, y[i64(r) * dp + i] * inverse);
+                    lse[p.bh * s.Lq + token[r]] = top[r] + std::log(total[r]);
+                }
+            }
+        } catch (const std::bad_alloc&) { failed |= 1; }
+    }
+    return failed ? NO_MEMORY : OK;
+}
+
+// Recomputes the weights from the saved log-sum-exp. Every piece sums the gradients of its keys and values by itself; a second pass adds the
+// pieces up in their order, each thread owning a range of keys: deterministic, and no atomics.
+template <class T, class C>
+int backward(const T* g, const T* q, const T* k, const T* v, const i64* assignment, const i64* selected, const std::uint8_t* mask, const T* out,
+             const C* lse, T* dq, C* dk, C* dv, const Shape& s, const i64* gs, const i64* qs, const i64* ks, const i64* vs, double scale,
+             int threads) {
+    std::vector<std::int32_t> order;
+    std::vector<Piece> pieces;
+    if (int bad = plan(s, assignment, selected, order, pieces, threads)) return bad;
+    constexpr int W = LANES<C>;
+    const int Kp = padded<C>(s.K), dp = padded<C>(s.d), vp = padded<C>(s.dv);
+    // Rows of (dk, dv) of each piece. Uninitialised: only what a piece wrote is read.
+    std::unique_ptr<C[]> partial(new (std::nothrow) C[std::size_t(std::max<std::size_t>(1, pieces.size() * s.K * (dp + vp)))]);
+    if (!partial) return NO_MEMORY;
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
+    for (i64 item = 0; item < i64(pieces.size()); ++item) {
+        try {
+            const Piece& p = pieces[std::size_t(item)];
+            const i64 b = p.bh / s.H, h = p.bh % s.H;
+            C* dkp = &partial[std::size_t(item) * s.K * (dp + vp)];
+            C* dvp = dkp + i64(s.K) * dp;
+            Workspace& w = workspace();
+            w.reserve(bytes_of<C>({std::size_t(Kp), std::size_t(s.d) * Kp, std::size_t(s.dv) * Kp, std::size_t(s.K) * dp, std::size_t(TILE) * dp,
+                                   std::size_t(TILE) * vp, std::size_t(TILE) * Kp, std::size_t(TILE) * Kp, std::size_t(TILE) * dp}));
+            std::int32_t* index = w.take<std::int32_t>(Kp);
+            C* kt = w.take<C>(std::size_t(s.d) * Kp);
+            C* vt = w.take<C>(std::size_t(s.dv) * Kp);
+            C* kr = w.take<C>(std::size_t(s.K) * dp);
+            C* x = w.take<C>(std::size_t(TILE) * dp);
+            C* y = w.take<C>(std::size_t(TILE) * vp);
+            C* weight = w.take<C>(std::size_t(TILE) * Kp);
+            C* dscore = w.take<C>(std::size_t(TILE) * Kp);
+            C* dx = w.take<C>(std::size_t(TILE) * dp);
+            const int n = gather_indices(s, selected, mask, p, index);
+            const int np = padded<C>(n);
+            const T* kh = k + b * ks[0] + h * ks[1];
+            gather_transposed(kh, ks[2], index, n, s.d, kt, np);
+            gather_transposed(v + b * vs[0] + h * vs[1], vs[2], index, n, s.dv, vt, np);
+            gather(kh, ks[2], index, n, s.d, C(scale), kr, dp);
+            std::fill(dkp, dkp + i64(n) * dp, C(0));
+            std::fill(dvp, dvp + i64(n) * vp, C(0));
+            for (i64 t = p.from; t < p.to; t += TILE) {
+                const std::int32_t* token = &order[std::size_t(p.bh * s.Lq + t)];
+                const int m = int(std::min<i64>(TILE, p.to - t));
+                if (n == 0) {
+                    for (int r = 0; r < m; ++r)
+                        for (int i = 0; i < s.d; ++i) store(dq + (p.bh * s.Lq + token[r]) * s.d + i, C(0));
+                    continue;
+                }
+                gather(q + b * qs[0] + h * qs[1], qs[2], token, m, s.d, C(scale), x, dp);
+                gather(g + b * gs[0] + h * gs[1], gs[2], token, m, s.dv, C(1), y, vp);
+                multiply<C, false>(x, dp, 1, kt, np, weight, np, m, np, s.d);
+                multiply<C, false>(y, vp, 1, vt, np, dscore, np, m, np, s.dv);
+                for (int r = 0; r < m; ++r) {
+                    const T* o = out + (p.bh * s.Lq + token[r]) * s.dv;
+                    C delta = 0;
+                    for (int i = 0; i < s.dv; ++i) delta += y[i64(r) * vp + i] * C(load(o[i]));
+                    const C norm = lse[p.bh * s.Lq + token[r]];
+                    C *pr = weight + i64(r) * np, *ds = dscore + i64(r) * np;
+                    for (int j = 0; j < np; j += W) {
+                        const vec<C> e = exponential(at(pr + j) - norm);
+                        at(pr + j) = e;
+                        at(ds + j) = e * (at(ds + j) - delta);
+                    }
+                }
+                multiply<C, false>(dscore, np, 1, kr, dp, dx, dp, m, dp, n);
+                multiply<C, true>(dscore, 1, np, x, dp, dkp, dp, n, dp, m);
+                multiply<C, true>(weight, 1, np, y, vp, dvp, vp, n, vp, m);
+                for (int r = 0; r < m; ++r)
+                    for (int i = 0; i < s.d; ++i) store(dq + (p.bh * s.Lq + token[r]) * s.d + i, dx[i64(r) * dp + i]);
+            }
+        } catch (const std::bad_alloc&) { failed |= 1; }
+    }
+    if (failed) return NO_MEMORY;
+
+    const i64 slices = std::max<i64>(1, std::min<i64>(s.Lk, (threads + s.B * s.H - 1) / (s.B * s.H)));
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (i64 job = 0; job < s.B * s.H * slices; ++job) {
+        const i64 bh = job / slices, low = s.Lk * (job % slices) / slices, high = s.Lk * (job % slices + 1) / slices;
+        auto first = std::lower_bound(pieces.begin(), pieces.end(), bh, [](const Piece& p, i64 x) { return p.bh < x; });
+        std::vector<std::int32_t> index(std::size_t(s.K));
+        for (auto p = first; p != pieces.end() && p->bh == bh; ++p) {
+            const C* dkp = &partial[std::size_t(p - pieces.begin()) * s.K * (dp + vp)];
+            const C* dvp = dkp + i64(s.K) * dp;
+            const int n = gather_indices(s, selected, mask, *p, index.data());
+            for (int j = 0; j < n; ++j) {
+                if (index[j] < low || index[j] >= high) continue;
+                C *to_k = dk + (bh * s.Lk + index[j]) * s.d, *to_v = dv + (bh * s.Lk + index[j]) * s.dv;
+                for (int i = 0; i < s.d; ++i) to_k[i] += dkp[i64(j) * dp + i];
+                for (int i = 0; i < s.dv; ++i) to_v[i] += dvp[i64(j) * vp + i];
+            }
+        }
+    }
+    return OK;
+}
+
+template <class F> int guarded(F f) {
+    try {
+        return f();
+    } catch (const std::bad_alloc&) { return NO_MEMORY; }
+}
+
+}  // namespace
+
+// sizes: B, H, Lq, Lk, d, dv, G, K. strides: 3 numbers for each of query, key, value, grad (those not used are zero).
+#define EXPORT(SUFFIX, T, C)                                                                                                                      \
+    extern "C" int coterie_groups_##SUFFIX(const T* q, const T* k, const float* closeness, const float* bias, const float* direction,              \
+                                           const std::uint8_t* mask, i64* assignment, i64* selected, const i64* n, const i64* st, int unit_keys,  \
+                                           int threads) {                                                                                         \
+        return guarded([&] {                                                                                                                      \
+            return dynamic_groups<T>(q, k, closeness, bias, direction, mask, assignment, selected, n[0], n[1], n[2], n[3], int(n[4]), int(n[6]),   \
+                                     int(n[7]), st, st + 3, unit_keys, threads);                                                                  \
+        });                                                                                                                                       \
+    }                                                                                                                                             \
+    extern "C" int coterie_forward_##SUFFIX(const T* q, const T* k, const T* v, const i64* assignment, const i64* selected,                        \
+                                            const std::uint8_t* mask, T* out, C* lse, const i64* n, const i64* st, double scale, int threads) {    \
+        const Shape s{n[0], n[1], n[2], n[3], int(n[4]), int(n[5]), int(n[6]), int(n[7])};                                                        \
+        return guarded([&] { return forward<T, C>(q, k, v, assignment, selected, mask, out, lse, s, st, st + 3, st + 6, scale, threads); });      \
+    }                                                                                                                                             \
+    extern "C" int coterie_backward_##SUFFIX(const T* g, const T* q, const T* k, const T* v, const i64* assignment, const i64* selected,           \
+                                             const std::uint8_t* mask, const T* out, const C* lse, T* dq, C* dk, C* dv, const i64* n,             \
+                                             const i64* st, double scale, int threads) {                                                          \
+        const Shape s{n[0], n[1], n[2], n[3], int(n[4]), int(n[5]), int(n[6]), int(n[7])};                                                        \
+        return guarded([&] {                                                                                                                      \
+            return backward<T, C>(g, q, k, v, assignment, selected, mask, out, lse, dq, dk, dv, s, st + 9, st, st + 3, st + 6, scale, threads);    \
+        });                                                                                                                                       \
+    }
+
+EXPORT(float32, float, float)
+EXPORT(float64, double, double)
+EXPORT(bfloat16, bf16, float)
