@@ -1,0 +1,190 @@
+"""The run folder: opening it for a new or a resumed run, and loading a trained model back from it.
+
+    config.yaml        the configuration (see `config`)
+    source.json        classes, channels and normalisation of the pictures: what prediction needs without the data
+    environment.json   versions and hardware of the latest start
+    metrics.jsonl      the log of events            tensorboard/   the same for TensorBoard
+    checkpoints/       see `checkpoint`
+    model.safetensors  the weights at the end (their moving average, where the run keeps one)
+    predictions.npz    what the model said about each sample of the test split
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import coterie
+from coterie.engine import checkpoint
+from coterie.engine.config import RunConfig, dump_config, load_config, merge_for_resume
+from coterie.engine.files import StorageError, atomic_write, remove_leftovers
+from coterie.tasks import Task, create_task
+
+
+@dataclass
+class SourceInfo:
+    """What of a data source a trained model has to remember.
+
+    Attributes:
+        name: The data that the model was trained on.
+        classes: Class names in the order of the labels.
+        channels: Channels of the pictures, 1 or 3.
+        native_size: Height and width of the pictures before they are resized.
+        image_size: Height and width of what the model takes.
+        mean, std: Normalisation of each channel.
+    """
+
+    name: str
+    classes: list[str]
+    channels: int
+    native_size: tuple[int, int]
+    image_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass
+class LoadedRun:
+    """A trained model, ready to use: `model` is in eval mode."""
+
+    run_dir: Path
+    config: RunConfig
+    task: Task
+    model: nn.Module
+    source: SourceInfo
+    step: int
+
+
+def open_run(config: RunConfig, resume: bool) -> RunConfig:
+    """Prepare the run folder for training and return the configuration to train with.
+
+    Raises:
+        ValueError: a new run in a folder that holds one, or a resumed run with another configuration.
+        FileNotFoundError: resume, and there is no run.
+        StorageError: the folder cannot be written.
+    """
+    run_dir = config.run_dir
+    saved = run_dir / "config.yaml"
+    if resume:
+        if not saved.is_file():
+            raise FileNotFoundError(f"{run_dir} holds no run to resume; leave out --resume to start one")
+        config = merge_for_resume(load_config(saved), config)
+        config.output.dir = str(run_dir)
+    elif saved.exists() and config.output.overwrite:
+        _delete_run(run_dir)
+    elif saved.exists():
+        raise ValueError(f"{run_dir} already holds a run; go on with it by --resume, replace it by "
+                         "--output.overwrite true, or choose another --output.dir")  # fmt: skip
+    _check_writable(run_dir)
+    remove_leftovers(run_dir)
+    (run_dir / "checkpoints").mkdir(exist_ok=True)
+    remove_leftovers(run_dir / "checkpoints")
+    atomic_write(saved, dump_config(config))
+    return config
+
+
+def _delete_run(run_dir: Path) -> None:
+    """Delete what a run writes, and nothing else that the folder may hold."""
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    names = ("config.yaml", "source.json", "environment.json", "metrics.jsonl", "model.safetensors", "predictions.npz",
+             "report.html")  # fmt: skip
+    for name in names:
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def _check_writable(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot create {run_dir}: {error.strerror}; choose another --output.dir") from error
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise StorageError(f"cannot write {run_dir}: Permission denied; choose another --output.dir")
+
+
+def write_source(run_dir: Path, info: SourceInfo) -> None:
+    """Remember the data source in the run folder."""
+    atomic_write(run_dir / "source.json", json.dumps(asdict(info), indent=1))
+
+
+def read_source(run_dir: Path) -> SourceInfo:
+    """The data source that the run remembers."""
+    values = json.loads((run_dir / "source.json").read_text())
+    pairs = {name: tuple(values[name]) for name in ("native_size", "image_size", "mean", "std")}
+    return SourceInfo(**{**values, **pairs})
+
+
+def write_environment(run_dir: Path, device: torch.device, processes: int) -> None:
+    """Remember versions and hardware in the run folder."""
+    import timm
+
+    values = {
+        "coterie": coterie.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processor": platform.processor() or platform.machine(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    atomic_write(run_dir / "environment.json", json.dumps(values, indent=1))
+
+
+def load_run(run_dir: str | Path, weights: str = "final") -> LoadedRun:
+    """Load the model of a run.
+
+    Args:
+        run_dir: The run folder.
+        weights: `final` (where the run is not finished, its latest checkpoint) or `best` (by the task's main metric).
+            Either is the moving average of the weights where the run keeps one.
+
+    Raises:
+        FileNotFoundError: no run in the folder, or no weights yet.
+        ValueError: the weights do not fit the model, or an unknown `weights`.
+    """
+    run_dir = Path(run_dir)
+    if weights not in ("final", "best"):
+        raise ValueError(f"weights: got {weights!r}, takes 'final' or 'best'")
+    if not (run_dir / "config.yaml").is_file():
+        raise FileNotFoundError(f"{run_dir} holds no run (no config.yaml in it)")
+    if not (run_dir / "source.json").is_file():
+        raise FileNotFoundError(f"the run in {run_dir} stopped before training began; there are no weights in it")
+    config, source = load_config(run_dir / "config.yaml"), read_source(run_dir)
+    task = create_task(config.task.name, classes=source.classes, augment=config.augment, **config.task.options)
+    model = task.build_model(config.model, source)
+    path, step, tensors = _find_weights(run_dir, weights)
+    checkpoint.load_weights(model, tensors, path)
+    return LoadedRun(run_dir, config, task, model.eval(), source, step)
+
+
+def _find_weights(run_dir: Path, weights: str) -> tuple[Path, int, dict[str, Any]]:
+    folder = checkpoint.latest(run_dir / "checkpoints")
+    state = checkpoint.read_state(folder) if folder else None
+    final = run_dir / "model.safetensors"
+    if weights == "final" and final.is_file():
+        return final, state["step"] if state else 0, load_file(final)
+    if folder is None or state is None:
+        raise FileNotFoundError(f"the run in {run_dir} has no checkpoint yet")
+    if weights == "best":
+        if not state.get("best"):
+            raise FileNotFoundError(f"the run in {run_dir} has not been evaluated yet, so none of it is the best")
+        folder = run_dir / "checkpoints" / f"step-{state['best']['step']:08d}"
+        state = checkpoint.read_state(folder)
+        if state is None:
+            raise FileNotFoundError(f"the best checkpoint, {folder}, is missing or damaged; take --weights final")
+    tensors = checkpoint.read_tensors(folder, "average") or checkpoint.read_tensors(folder, "model")
+    return folder, state["step"], tensors or {}

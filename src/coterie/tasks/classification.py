@@ -1,0 +1,123 @@
+"""One label per image: cross-entropy, mixup and cutmix from timm, accuracies from torchmetrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from coterie.tasks import Batch
+
+TOP = 5
+
+
+class Classification:
+    """Classify images into `classes`.
+
+    A batch holds `image` (batch, channels, height, width), `label` (batch,) int64 and `index` (batch,) int64; in training
+    `prepare_batch` may add `target` (batch, classes), the soft labels of mixed images.
+
+    Args:
+        classes: Names of the classes, in the order of the labels.
+        augment: `mixup`, `cutmix` (their alphas) and `label_smoothing`, all 0 where missing.
+    """
+
+    summary = "accuracy"
+
+    def __init__(self, classes: Sequence[str], *, augment: Mapping[str, Any]) -> None:
+        self.classes = list(classes)
+        self.label_smoothing = float(augment.get("label_smoothing", 0.0))
+        self._mixup = self._build_mixup(float(augment.get("mixup", 0.0)), float(augment.get("cutmix", 0.0)))
+
+    def _build_mixup(self, mixup: float, cutmix: float) -> Any:
+        if not mixup and not cutmix:
+            return None
+        from timm.data.mixup import Mixup
+
+        return Mixup(mixup, cutmix, label_smoothing=self.label_smoothing, num_classes=len(self.classes))
+
+    def build_model(self, config: Any, source: Any) -> nn.Module:
+        """The model `config.name` for the channels and classes of `source`.
+
+        Raises:
+            ValueError: an unknown model, or options it does not take.
+        """
+        import coterie
+
+        options = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+        try:
+            return coterie.create_model(
+                config.name, in_chans=source.channels, num_classes=len(source.classes), **options, **config.options
+            )
+        except TypeError as error:  # a keyword that the constructor does not know
+            raise ValueError(f"model {config.name}: {error}; see model.options") from error
+
+    def prepare_batch(self, batch: Batch) -> Batch:
+        """Mix the images of the batch, where mixup or cutmix is on. An odd last image is left out: images mix in pairs."""
+        if self._mixup is None:
+            return batch
+        even = len(batch["label"]) // 2 * 2
+        batch = {name: value[:even] for name, value in batch.items()}
+        image, target = self._mixup(batch["image"].clone(), batch["label"])
+        return {**batch, "image": image, "target": target}
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Mean cross-entropy over the batch in float32; smoothed in training only. `output` holds the logits."""
+        logits: Float[Tensor, "batch classes"] = model(batch["image"]).float()
+        target = batch.get("target", batch["label"])
+        smoothing = self.label_smoothing if model.training and "target" not in batch else 0.0
+        return {"loss": functional.cross_entropy(logits, target, label_smoothing=smoothing), "output": logits}
+
+    def metrics(self) -> Any:
+        """Accuracy, mean accuracy over classes, confusion matrix, and with five classes or more accuracy within the top 5."""
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+        count = len(self.classes)
+        chosen = {
+            "accuracy": MulticlassAccuracy(count, average="micro"),
+            "macro_accuracy": MulticlassAccuracy(count, average="macro"),
+            "confusion": MulticlassConfusionMatrix(count),
+        }
+        if count >= TOP:
+            chosen["top5_accuracy"] = MulticlassAccuracy(count, average="micro", top_k=TOP)
+        return MetricCollection(chosen, compute_groups=False)
+
+    def update(self, metrics: Any, output: Float[Tensor, "batch classes"], batch: Batch) -> None:
+        """Add one batch of logits."""
+        metrics.update(output, batch["label"])
+
+    def report(self, metrics: Any) -> dict[str, Any]:
+        """The figures as numbers; the confusion matrix as rows of true classes over columns of predicted ones."""
+        values = metrics.compute()
+        confusion = values.pop("confusion").tolist()
+        return {**{name: value.item() for name, value in values.items()}, "confusion": confusion}
+
+    def collect(self, output: Float[Tensor, "batch classes"], batch: Batch) -> dict[str, Tensor]:
+        """Probabilities in float16, labels and sample numbers."""
+        return {
+            "probabilities": output.float().softmax(-1).half(),
+            "labels": batch["label"],
+            "indices": batch["index"],
+        }
+
+    def describe(self, output: Float[Tensor, "batch classes"]) -> list[list[tuple[str, float]]]:
+        """All classes with their probabilities, the most probable first."""
+        probabilities, order = output.float().softmax(-1).sort(-1, descending=True)
+        return [
+            [(self.classes[label], probability) for label, probability in zip(labels, row, strict=True)]
+            for labels, row in zip(order.tolist(), probabilities.tolist(), strict=True)
+        ]
+
+    def draw(self, axes: Any, image: Any, output: Float[Tensor, " classes"], label: int | None = None) -> None:
+        """Draw a PIL image into matplotlib axes, titled with the answer, and with the true class where it differs."""
+        (name, probability), *_ = self.describe(output[None])[0]
+        right = label is None or self.classes[label] == name
+        axes.imshow(image, cmap="gray" if image.mode == "L" else None)
+        axes.set_axis_off()
+        title = f"{name} ({probability:.0%})" + ("" if right else f", is {self.classes[label]}")
+        axes.set_title(title, color="black" if right else "#b3261e", fontsize=9)
