@@ -1,0 +1,84 @@
+"""The `coterie` command. Each subcommand is one module of this package: `HELP`, `configure(parser)` and `run(args) -> int`."""
+
+import argparse
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+from coterie._version import __version__
+
+_ORDER = ("train", "eval", "predict", "inspect", "bench", "list", "info")
+_EXAMPLES = """\
+examples:
+  coterie train                                     train a Dynamic Group Transformer on real handwritten digits
+  coterie train --data.source folder:photos         on your own pictures, one folder per class
+  coterie predict runs/digits photo.png             classify a picture
+  coterie inspect runs/digits photo.png             see which tokens group, and which keys each group chose
+  coterie bench op dynamic_group --tokens 3136      speed and memory against exact attention
+  coterie info                                      what runs on this machine, and why something would not
+"""
+
+
+def commands() -> list[str]:
+    """Names of the subcommands, in the order of the help."""
+    found = {module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")}
+    return [n for n in _ORDER if n in found] + sorted(found.difference(_ORDER))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (2: the input was wrong)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    modules = {name: importlib.import_module(f"coterie.cli.{name}") for name in _wanted(arguments)}
+    if arguments and arguments[0] in modules and getattr(modules[arguments[0]], "JSONARGPARSE", False):
+        from jsonargparse import ArgumentParser
+
+        name = arguments[0]
+        typed = ArgumentParser(
+            prog=f"coterie {name}", description=modules[name].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        modules[name].configure(typed)
+        return _run(name, modules[name], typed.parse_args(arguments[1:]))
+
+    parser = argparse.ArgumentParser(
+        prog="coterie",
+        description="Structured attention for PyTorch: train, look into, and measure.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"coterie {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command")
+    for name, module in modules.items():
+        sub = subparsers.add_parser(
+            name, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if not getattr(module, "JSONARGPARSE", False):
+            module.configure(sub)
+    args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    return _run(args.command, modules[args.command], args)
+
+
+def _wanted(arguments: list[str]) -> list[str]:
+    """Only the module of the command that is called, or all of them for the help."""
+    known = commands()
+    return [arguments[0]] if arguments and arguments[0] in known else known
+
+
+def _run(name: str, module: object, args: object) -> int:
+    try:
+        return int(module.run(args) or 0)  # type: ignore[attr-defined]
+    except BrokenPipeError:  # `coterie list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"coterie {name}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("COTERIE_TRACEBACK"):
+            raise
+        print(f"coterie {name}: error: {error}", file=sys.stderr)
+        return 2
