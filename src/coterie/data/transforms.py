@@ -1,0 +1,265 @@
+"""From a decoded picture to the normalised tensor that a model takes, built from the pieces of timm.data.
+
+A `TransformConfig` says what is wanted; whatever it leaves open (None) is settled by `settle` from the source: the size it has, the mean
+and standard deviation measured on it, and light augmentation that suits it. The settled configuration is plain numbers, so a
+run can save it and predict later without the source.
+
+    digits and other pictures without a mirror image   no flips
+    a source with a background (digits)                a small rotation, shift and zoom, filled with the background
+    up to 64 pixels, trained at about their size       padding by an eighth (reflected) and a random crop back to size
+    larger                                             a random crop of 25 to 100 % of the area, light colour jitter
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from coterie.data.images import MODES, to_mode
+from coterie.data.opening import check_size
+from coterie.data.source import DataSource
+
+SMALL = 64
+CROPS = ("none", "pad", "random_resized")
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos", "random")
+
+
+@dataclass(frozen=True)
+class TransformConfig:
+    """What is done to pictures. None everywhere means: as suits the source.
+
+    Attributes:
+        image_size: side of a square, or (height, width), in pixels.
+        channels: 1 or 3; grey becomes colour by repeating it, colour becomes grey by its luma (ITU-R 601).
+        crop: of training: "random_resized", "pad" (pad by an eighth, crop back) or "none".
+        scale: least and greatest share of the area that "random_resized" keeps.
+        hflip, vflip: probability of mirroring left-right and of turning upside down.
+        affine: greatest rotation (degrees), shift (share of the side) and zoom (0.1: 0.9 to 1.1).
+        color_jitter: strength of changes in brightness, contrast and saturation.
+        auto_augment: timm's notation ("rand-m9-mstd0.5-inc1"); with it colour jitter is left out, as timm does.
+        erase: probability of blanking out a rectangle.
+        interpolation: of every resize.
+        crop_pct: in evaluation, share of the (resized) side that the centre crop keeps.
+        mean, std: by channel, for pixels from 0 to 1.
+        pretrained: take ImageNet's mean and std where none are given, because the weights were trained with them.
+        fill: grey value 0 to 255 that rotation and padding bring in.
+    """
+
+    image_size: int | tuple[int, int] | None = None
+    channels: int | None = None
+    crop: str | None = None
+    scale: tuple[float, float] = (0.25, 1.0)
+    hflip: float | None = None
+    vflip: float = 0.0
+    affine: tuple[float, float, float] | None = None
+    color_jitter: float | None = None
+    auto_augment: str | None = None
+    erase: float = 0.0
+    interpolation: str = "bicubic"
+    crop_pct: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    pretrained: bool = False
+    fill: int | None = None
+
+
+class Transform:
+    """A picture to a float tensor (channels, height, width). Random parts draw from the global generators."""
+
+    def __init__(
+        self, picture: Callable[[Image.Image], Image.Image], finish: Callable[[Tensor], Tensor], config: TransformConfig
+    ) -> None:
+        self.config = config
+        self._picture = picture
+        self._finish = finish
+        # 255 is folded in: one multiplication and one addition for each pixel.
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (config.mean, config.std))
+        self._factor, self._offset = 1 / (255 * std), mean / std
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "channels height width"]:
+        image = self._picture(to_mode(image, self.config.channels or 3))
+        pixels = torch.from_numpy(np.array(image))
+        pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+        return self._finish(torch.addcmul(-self._offset, pixels.float(), self._factor))
+
+
+def settle(source: DataSource | None, config: TransformConfig) -> TransformConfig:
+    """Fill in everything that `config` leaves open. `source` may be None for a configuration that is settled already.
+
+    Raises:
+        TypeError: `config` is no TransformConfig.
+        ValueError: a value out of its range, or something left open with no source to ask.
+    """
+    if not isinstance(config, TransformConfig):
+        raise TypeError(f"config: got {type(config).__name__}, takes a TransformConfig")
+    _check(config)
+    if source is None:
+        open_fields = [name for name, value in vars(config).items() if value is None and name != "auto_augment"]
+        if open_fields:
+            raise ValueError(f"config: {open_fields[0]} is left open and there is no source to take it from")
+        return config
+    channels = config.channels or source.channels
+    height, width = check_size(config.image_size) or source.native_size
+    small = max(height, width) <= SMALL and min(source.native_size) <= 1.5 * min(height, width)
+    mean, std = config.mean, config.std
+    if mean is None or std is None:
+        own_mean, own_std = _imagenet(channels) if config.pretrained else source.statistics(channels)
+        mean, std = mean or own_mean, std or own_std
+    with_background = source.background is not None
+    fill = source.background if with_background else round(255 * sum(mean) / len(mean))
+    crop = config.crop or ("none" if with_background else "pad" if small else "random_resized")
+    settled = replace(
+        config,
+        image_size=(height, width),
+        channels=channels,
+        crop=crop,
+        hflip=config.hflip if config.hflip is not None else 0.5 if source.mirror else 0.0,
+        affine=config.affine or ((10.0, 1 / 16, 0.1) if with_background else (0.0, 0.0, 0.0)),
+        color_jitter=config.color_jitter if config.color_jitter is not None else 0.0 if small else 0.2,
+        crop_pct=config.crop_pct or (0.875 if crop == "random_resized" else 1.0),
+        mean=tuple(mean),
+        std=tuple(std),
+        fill=config.fill if config.fill is not None else fill,
+    )
+    _check(settled)
+    return settled
+
+
+def build_transforms(
+    source: DataSource | None, config: TransformConfig, train: bool
+) -> Callable[[Image.Image], Float[Tensor, "channels height width"]]:
+    """Build the transform of training (random) or of evaluation (a resize and a centre crop). Raises as `settle`."""
+    from timm.data import create_transform
+    from torchvision import transforms
+
+    config = settle(source, config)
+    size, mean = config.image_size, config.mean
+    if not train:
+        evaluation = create_transform(
+            size, interpolation=_fixed(config), mean=mean, std=config.std, crop_pct=config.crop_pct, normalize=False
+        )
+        return Transform(transforms.Compose(evaluation.transforms[:-1]), _identity, config)
+    try:
+        crop, colour, final = create_transform(
+            size,
+            is_training=True,
+            separate=True,
+            scale=config.scale,
+            hflip=config.hflip,
+            vflip=config.vflip,
+            color_jitter=config.color_jitter or None,
+            auto_augment=config.auto_augment,
+            interpolation=config.interpolation,
+            mean=mean,
+            std=config.std,
+            re_prob=config.erase,
+            re_mode="const",
+        )
+    except (AssertionError, KeyError, ValueError, IndexError) as error:  # what timm raises for a notation it cannot read
+        raise ValueError(
+            f"auto_augment: got {config.auto_augment!r}, takes timm's notation such as 'rand-m9-mstd0.5-inc1'"
+        ) from error
+    steps = crop.transforms
+    if config.crop != "random_resized":
+        steps = [*_plain_crop(config, transforms), *steps[1:]]
+    # timm's last steps are to tensor, normalise, erase; Transform does the first two faster.
+    erase = final.transforms[2] if config.erase else _identity
+    return Transform(transforms.Compose([*steps, *_affine(config, transforms), *colour.transforms]), erase, config)
+
+
+def _plain_crop(config: TransformConfig, transforms: Any) -> list[Any]:
+    """Resize and centre crop to size; for "pad" then pad by an eighth and crop at random back to it."""
+    height, width = config.image_size
+    steps = [_Fit((height, width), _fixed(config))]
+    if config.crop == "pad":
+        padding = max(width // 8, 1), max(height // 8, 1)
+        mode = "reflect" if min(height, width) > max(padding) else "edge"
+        steps.append(transforms.RandomCrop((height, width), padding=padding, padding_mode=mode))
+    return steps
+
+
+class _Fit:
+    """Resize until the picture covers the size, then cut out its centre; nothing to do for one that has the size."""
+
+    def __init__(self, size: tuple[int, int], interpolation: str) -> None:
+        from timm.data.transforms import ResizeKeepRatio
+        from torchvision.transforms import CenterCrop
+
+        self.size = size
+        self.resize = ResizeKeepRatio(size, interpolation=interpolation)
+        self.crop = CenterCrop(size)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if (image.height, image.width) == self.size:
+            return image
+        return self.crop(self.resize(image))
+
+
+def _affine(config: TransformConfig, transforms: Any) -> list[Any]:
+    degrees, shift, zoom = config.affine
+    if not any(config.affine):
+        return []
+    return [
+        transforms.RandomAffine(
+            degrees,
+            translate=(shift, shift) if shift else None,
+            scale=(1 - zoom, 1 + zoom) if zoom else None,
+            interpolation=transforms.InterpolationMode.BILINEAR,
+            fill=config.fill,
+        )
+    ]
+
+
+def _identity(image: Tensor) -> Tensor:
+    return image
+
+
+def _fixed(config: TransformConfig) -> str:
+    return "bicubic" if config.interpolation == "random" else config.interpolation
+
+
+def _imagenet(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    if channels == 3:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return (sum(IMAGENET_DEFAULT_MEAN) / 3,), (sum(IMAGENET_DEFAULT_STD) / 3,)
+
+
+def _check(config: TransformConfig) -> None:
+    check_size(config.image_size)
+    if config.channels is not None and config.channels not in MODES:
+        raise ValueError(f"channels: got {config.channels}, takes 1 (grey) or 3 (RGB)")
+    for name, allowed in (("crop", CROPS), ("interpolation", INTERPOLATIONS)):
+        value = getattr(config, name)
+        if value is not None and value not in allowed:
+            raise ValueError(f"{name}: got {value!r}, takes {', '.join(allowed)}")
+    for name in ("hflip", "vflip", "erase"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name}: got {value}, takes a probability from 0 to 1")
+    if not 0 < config.scale[0] <= config.scale[1] <= 1:
+        raise ValueError(f"scale: got {config.scale}, takes two shares of the area, 0 < least <= greatest <= 1")
+    if config.crop_pct is not None and not 0 < config.crop_pct <= 1:
+        raise ValueError(f"crop_pct: got {config.crop_pct}, takes a share above 0, at most 1")
+    if config.color_jitter is not None and config.color_jitter < 0:
+        raise ValueError(f"color_jitter: got {config.color_jitter}, takes a strength of at least 0")
+    if config.affine is not None and not (
+        len(config.affine) == 3 and config.affine[0] >= 0 and all(0 <= part < 1 for part in config.affine[1:])
+    ):
+        raise ValueError(f"affine: got {config.affine}, takes degrees >= 0, and shift and zoom from 0 up to 1")
+    for name in ("mean", "std"):
+        value = getattr(config, name)
+        if value is not None and config.channels is not None and len(value) != config.channels:
+            raise ValueError(f"{name}: got {len(value)} values, takes one for each of the {config.channels} channels")
+    if config.std is not None and min(config.std) <= 0:
+        raise ValueError(f"std: got {config.std}, takes values above 0")
+    if config.fill is not None and not 0 <= config.fill <= 255:
+        raise ValueError(f"fill: got {config.fill}, takes a grey value from 0 to 255")
