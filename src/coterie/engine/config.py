@@ -8,11 +8,14 @@ back to the same configuration.
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
+
+from coterie.data.transforms import TransformConfig
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -53,40 +56,26 @@ class DataConfig:
     """The pictures.
 
     Attributes:
-        name: `digits`, `folder:PATH`, `parquet:PATH`, `hf:NAME` or `webdataset:PATTERN`.
-        image_size: Side of the square that pictures are brought to, in pixels; the data's own default if not given.
+        source: `digits`, `folder:PATH`, `parquet:PATH`, `hf:NAME`, `webdataset:PATTERN`, or the path of a folder.
         workers: Processes that load pictures; 0 loads in the training process.
         max_bad_share: Share of unreadable pictures past which the run stops.
     """
 
-    name: str = "digits"
-    image_size: int | None = None
+    source: str = "digits"
     workers: int = 0
     max_bad_share: float = 0.01
 
 
 @dataclass
 class AugmentConfig:
-    """How training pictures are varied.
+    """Regularisation of the labels. What is done to each single picture stands under `transform`.
 
     Attributes:
-        crop_scale: Smallest share of a picture's area that a random crop keeps; 1 switches random crops off.
-        padding: Pixels of border added before a random shift back to size (the usual 4 for CIFAR); 0 for none.
-        flip: Probability of mirroring left to right.
-        color_jitter: Strength of random brightness, contrast and saturation; 0 for none.
-        auto: Policy of automatic augmentation in timm's notation, for example `rand-m9-mstd0.5-inc1`.
-        erase: Probability of erasing a random rectangle.
         mixup: Alpha of mixup; 0 for none.
         cutmix: Alpha of cutmix; 0 for none.
         label_smoothing: Share of the target spread over all classes.
     """
 
-    crop_scale: float = 1.0
-    padding: int = 0
-    flip: float = 0.0
-    color_jitter: float = 0.0
-    auto: str | None = None
-    erase: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
     label_smoothing: float = 0.0
@@ -174,7 +163,8 @@ class RunConfig:
         task: What the model is trained for.
         model: The network.
         data: The pictures.
-        augment: How training pictures are varied.
+        transform: What is done to each picture.
+        augment: Regularisation of the labels.
         optim: The optimizer.
         schedule: The course of the learning rate.
         train: The loop.
@@ -184,6 +174,7 @@ class RunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    transform: TransformConfig = field(default_factory=TransformConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -195,8 +186,8 @@ class RunConfig:
         """Folder of the run."""
         if self.output.dir is not None:
             return Path(self.output.dir)
-        data = self.data.name.rstrip("/").replace(":", "-").split("/")[-1]
-        return Path("runs", f"{data}-{self.model.name}")
+        data = re.sub(r"[^\w.-]+", "-", self.data.source.rstrip("/").split("/")[-1]).strip("-.")
+        return Path("runs", f"{data}-{self.model.name.rpartition('/')[2]}")
 
 
 # What may change when a run goes on: none of it touches the weights.
@@ -257,10 +248,15 @@ def check(config: RunConfig) -> None:
         "train.epochs": 1, "train.batch_size": 1, "train.accumulate": 1, "train.seed": 0, "data.workers": 0,
         "optim.lr": 0, "optim.weight_decay": 0, "optim.clip_norm": 0, "schedule.warmup_epochs": 0,
         "output.log_every": 1, "output.eval_every": 1, "output.checkpoint_every": 0, "output.keep": 1,
-        "augment.mixup": 0, "augment.cutmix": 0, "augment.padding": 0, "augment.color_jitter": 0,
+        "augment.mixup": 0, "augment.cutmix": 0,
     }  # fmt: skip
-    shares = ("optim.ema_decay", "schedule.final_share", "data.max_bad_share", "augment.crop_scale", "augment.flip",
-              "augment.erase", "augment.label_smoothing", "model.drop_path")  # fmt: skip
+    shares = (
+        "optim.ema_decay",
+        "schedule.final_share",
+        "data.max_bad_share",
+        "augment.label_smoothing",
+        "model.drop_path",
+    )
     flat = flatten(config)
     for name, least in at_least.items():
         if not flat[name] >= least:
@@ -268,8 +264,6 @@ def check(config: RunConfig) -> None:
     for name in shares:
         if not 0 <= flat[name] <= 1:
             raise ValueError(f"{name} is {flat[name]}; it takes a number from 0 to 1")
-    if config.data.image_size is not None and config.data.image_size < 1:
-        raise ValueError(f"data.image_size is {config.data.image_size}; it takes a number of pixels of at least 1")
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:

@@ -8,7 +8,8 @@ is the same arithmetic on differentiable all-reduces and runs anywhere.
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from coterie.engine.config import TrainConfig
+
+Result = TypeVar("Result")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -58,15 +61,23 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(words[1]))
 
 
-def first_error(accelerator: Accelerator, error: Exception | None) -> None:
-    """Raise on every rank the error that the main rank met, so that none waits for one that has stopped."""
+def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
+    """Do `action` on the main rank alone; every rank gets its result, or raises the error it met, so that none waits for
+    one that has stopped."""
+    if accelerator.num_processes == 1:
+        return action()
     from accelerate.utils import broadcast_object_list
 
-    shared = [error]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(shared)
-    if shared[0] is not None:
-        raise shared[0]
+    shared: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            shared[0] = action()
+        except (OSError, ValueError) as error:
+            shared[1] = error
+    broadcast_object_list(shared)
+    if shared[1] is not None:
+        raise shared[1]
+    return shared[0]
 
 
 def mean_over_ranks(accelerator: Accelerator, values: Float[Tensor, " steps"]) -> Float[Tensor, " steps"]:

@@ -1,12 +1,12 @@
 """The run folder: opening it for a new or a resumed run, and loading a trained model back from it.
 
-    config.yaml        the configuration (see `config`)
-    source.json        classes, channels and normalisation of the pictures: what prediction needs without the data
-    environment.json   versions and hardware of the latest start
-    metrics.jsonl      the log of events            tensorboard/   the same for TensorBoard
-    checkpoints/       see `checkpoint`
-    model.safetensors  the weights at the end (their moving average, where the run keeps one)
-    predictions.npz    what the model said about each sample of the test split
+config.yaml        the configuration (see `config`)
+source.json        classes, channels and normalisation of the pictures: what prediction needs without the data
+environment.json   versions and hardware of the latest start
+metrics.jsonl      the log of events            tensorboard/   the same for TensorBoard
+checkpoints/       see `checkpoint`
+model.safetensors  the weights at the end (their moving average, where the run keeps one)
+predictions.npz    what the model said about each sample of the test split
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import coterie
+from coterie.data.transforms import TransformConfig
 from coterie.engine import checkpoint
 from coterie.engine.config import RunConfig, dump_config, load_config, merge_for_resume
 from coterie.engine.files import StorageError, atomic_write, remove_leftovers
@@ -38,19 +39,17 @@ class SourceInfo:
     Attributes:
         name: The data that the model was trained on.
         classes: Class names in the order of the labels.
-        channels: Channels of the pictures, 1 or 3.
-        native_size: Height and width of the pictures before they are resized.
-        image_size: Height and width of what the model takes.
-        mean, std: Normalisation of each channel.
+        transform: What is done to pictures, with nothing left open.
     """
 
     name: str
     classes: list[str]
-    channels: int
-    native_size: tuple[int, int]
-    image_size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    transform: TransformConfig
+
+    @property
+    def channels(self) -> int:
+        """Channels of the pictures that the model takes."""
+        return self.transform.channels or 3
 
 
 @dataclass
@@ -65,13 +64,12 @@ class LoadedRun:
     step: int
 
 
-def open_run(config: RunConfig, resume: bool) -> RunConfig:
-    """Prepare the run folder for training and return the configuration to train with.
+def resolve_run(config: RunConfig, resume: bool) -> RunConfig:
+    """The configuration to train with; looks at the run folder and writes nothing.
 
     Raises:
         ValueError: a new run in a folder that holds one, or a resumed run with another configuration.
         FileNotFoundError: resume, and there is no run.
-        StorageError: the folder cannot be written.
     """
     run_dir = config.run_dir
     saved = run_dir / "config.yaml"
@@ -79,18 +77,30 @@ def open_run(config: RunConfig, resume: bool) -> RunConfig:
         if not saved.is_file():
             raise FileNotFoundError(f"{run_dir} holds no run to resume; leave out --resume to start one")
         config = merge_for_resume(load_config(saved), config)
-        config.output.dir = str(run_dir)
-    elif saved.exists() and config.output.overwrite:
-        _delete_run(run_dir)
-    elif saved.exists():
+    elif saved.exists() and not config.output.overwrite:
         raise ValueError(f"{run_dir} already holds a run; go on with it by --resume, replace it by "
                          "--output.overwrite true, or choose another --output.dir")  # fmt: skip
-    _check_writable(run_dir)
-    remove_leftovers(run_dir)
-    (run_dir / "checkpoints").mkdir(exist_ok=True)
-    remove_leftovers(run_dir / "checkpoints")
-    atomic_write(saved, dump_config(config))
+    config.output.dir = str(run_dir)
     return config
+
+
+def create_run(config: RunConfig, resume: bool) -> None:
+    """Make the run folder, or clear it for a new run where that was asked for, and write the configuration.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    run_dir = config.run_dir
+    _check_writable(run_dir)
+    if not resume:
+        _delete_run(run_dir)
+    remove_leftovers(run_dir)
+    try:
+        (run_dir / "checkpoints").mkdir(exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {run_dir}: {error.strerror}; choose another --output.dir") from error
+    remove_leftovers(run_dir / "checkpoints")
+    atomic_write(run_dir / "config.yaml", dump_config(config))
 
 
 def _delete_run(run_dir: Path) -> None:
@@ -120,8 +130,10 @@ def write_source(run_dir: Path, info: SourceInfo) -> None:
 def read_source(run_dir: Path) -> SourceInfo:
     """The data source that the run remembers."""
     values = json.loads((run_dir / "source.json").read_text())
-    pairs = {name: tuple(values[name]) for name in ("native_size", "image_size", "mean", "std")}
-    return SourceInfo(**{**values, **pairs})
+    transform = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values["transform"].items()
+    }
+    return SourceInfo(values["name"], values["classes"], TransformConfig(**transform))
 
 
 def write_environment(run_dir: Path, device: torch.device, processes: int) -> None:

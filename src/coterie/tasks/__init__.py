@@ -38,6 +38,9 @@ class Task(Protocol):
     def report(self, metrics: Any) -> dict[str, float]:
         """The figures that the log keeps."""
 
+    def comment(self, metrics: Any) -> list[str]:
+        """Sentences about the figures, for people."""
+
     def collect(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         """What is stored about each sample of the batch, first dimension the samples."""
 

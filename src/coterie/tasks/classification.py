@@ -13,6 +13,7 @@ from torch.nn import functional
 from coterie.tasks import Batch
 
 TOP = 5
+CONFUSIONS_SHOWN = 3
 
 
 class Classification:
@@ -91,11 +92,21 @@ class Classification:
         """Add one batch of logits."""
         metrics.update(output, batch["label"])
 
-    def report(self, metrics: Any) -> dict[str, Any]:
-        """The figures as numbers; the confusion matrix as rows of true classes over columns of predicted ones."""
-        values = metrics.compute()
-        confusion = values.pop("confusion").tolist()
-        return {**{name: value.item() for name, value in values.items()}, "confusion": confusion}
+    def report(self, metrics: Any) -> dict[str, float]:
+        """The accuracies as numbers from 0 to 1."""
+        return {name: value.item() for name, value in metrics.compute().items() if value.ndim == 0}
+
+    def comment(self, metrics: Any) -> list[str]:
+        """Sentences for people: which classes are taken for one another most often."""
+        confusion = metrics["confusion"].compute().cpu()
+        wrong = confusion.clone().fill_diagonal_(0)
+        sentences = []
+        for flat in wrong.flatten().argsort(descending=True)[:CONFUSIONS_SHOWN].tolist():
+            true, taken = divmod(flat, len(self.classes))
+            if count := int(wrong[true, taken]):
+                times = f"{count} of {int(confusion[true].sum())}"
+                sentences.append(f"{times} images of {self.classes[true]} are taken for {self.classes[taken]}")
+        return sentences
 
     def collect(self, output: Float[Tensor, "batch classes"], batch: Batch) -> dict[str, Tensor]:
         """Probabilities in float16, labels and sample numbers."""

@@ -1,0 +1,76 @@
+"""List what there is, by name.
+
+examples:
+  coterie list              everything
+  coterie list models       models of this library; any timm model works too
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+HELP = "list models, attention mechanisms, operations, data and tasks"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("what", nargs="?", choices=tuple(_LISTS), help="list only these")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the names; under headings where there is more than one kind."""
+    for kind in [args.what] if args.what else _LISTS:
+        if not args.what:
+            print(f"{kind}:")
+        for line in _LISTS[kind]():
+            print(line if args.what else f"  {line}")
+    return 0
+
+
+def _models() -> list[str]:
+    from coterie.models import list_models
+
+    return list_models()
+
+
+def _attention() -> list[str]:
+    from coterie.attention import attention_class, list_attention
+
+    return [f"{name:<20}  {_summary(attention_class(name))}" for name in list_attention()]
+
+
+def _ops() -> list[str]:
+    import coterie.ops
+
+    functions = [getattr(coterie.ops, name) for name in coterie.ops.__all__]
+    return [f"{function.__name__:<24}  {_summary(function)}" for function in functions if callable(function)]
+
+
+def _data() -> list[str]:
+    return [
+        "digits               1,797 handwritten digits, 8x8 (in scikit-learn)",
+        "folder:PATH          one folder of pictures per class, or train/ and test/ with such folders",
+        "parquet:PATH         as Hugging Face datasets writes it",
+        "hf:NAME              a set on the Hugging Face hub",
+        "webdataset:PATTERN   shards, for example webdataset:data/train-{000..009}.tar",
+    ]
+
+
+def _tasks() -> list[str]:
+    from coterie.tasks import list_tasks
+
+    return list_tasks()
+
+
+def _summary(thing: object) -> str:
+    return (getattr(thing, "__doc__", None) or "").strip().split("\n", 1)[0]
+
+
+_LISTS: dict[str, Callable[[], list[str]]] = {
+    "models": _models,
+    "attention": _attention,
+    "ops": _ops,
+    "data": _data,
+    "tasks": _tasks,
+}

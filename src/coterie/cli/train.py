@@ -1,0 +1,65 @@
+"""Train a model on your pictures, or on scikit-learn's real handwritten digits when you name none.
+
+examples:
+  coterie train                                              digits, with the defaults below
+  coterie train --config recipes/digits.yaml                 a recipe
+  coterie train --data.source folder:photos                  your pictures, one folder per class
+  coterie train --config recipes/cifar10.yaml --train.epochs 5 --model.options.attention global
+  coterie train --resume runs/digits                         go on with a run that was stopped or killed
+  coterie train --print_config                               show the whole configuration and stop
+  accelerate launch --multi_gpu --num_processes 2 -m coterie.cli train ...      several processes
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+HELP = "train a model on pictures"
+JSONARGPARSE = True
+
+
+def configure(parser: ArgumentParser) -> None:
+    """Declare every field of the run's configuration as a dotted option."""
+    from coterie.engine.config import add_arguments
+
+    add_arguments(parser)
+    parser.add_argument(
+        "--resume", nargs="?", const=True, metavar="RUN",
+        help="go on from the latest checkpoint of the folder RUN (or of output.dir)",
+    )  # fmt: skip
+    parser.add_argument("--no-report", action="store_true", help="do not write report.html at the end")
+
+
+def run(args: Any) -> int:
+    """Train, then write the report."""
+    from coterie.engine import NonFiniteLoss, train
+    from coterie.engine.config import config_from_arguments, dump_config
+
+    config = config_from_arguments(args)
+    if isinstance(args.resume, str):
+        config.output.dir = args.resume
+    try:
+        result = train(config, resume=bool(args.resume), show=dump_config)
+    except NonFiniteLoss as error:
+        print(f"coterie train: error: {error}", file=sys.stderr)
+        return 1
+    if result.interrupted:
+        print(f"stopped at step {result.step}; go on with: coterie train --resume {result.run_dir}")
+        return 130
+    if result.main:
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+        print(f"test: {figures}  ({result.seconds:.0f} s)")
+        if not args.no_report:
+            _report(result.run_dir)
+        print(f"use it: coterie predict {result.run_dir} IMAGE")
+    return 0
+
+
+def _report(run_dir: Any) -> None:
+    from coterie.inspect.report import write_report
+
+    print(f"report: {write_report(run_dir)}")

@@ -1,0 +1,372 @@
+"""The loop that trains any task: steps, evaluations, checkpoints, and going on where a run stopped.
+
+Everything that happens is a function of (configuration, step): the order and the augmentation of the pictures (see the
+loader), random draws (`seed_step`), the learning rate. So the weights, the optimizer's moments, their moving average and
+the step are all that a checkpoint needs for a killed run to end with the very weights of the unbroken one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor, nn
+
+from coterie.attention import follow_learning_rate, initialize_centroids
+from coterie.engine import checkpoint
+from coterie.engine.config import RunConfig, check
+from coterie.engine.distributed import (
+    any_rank,
+    make_accelerator,
+    mean_over_ranks,
+    on_main,
+    seed_step,
+    synchronize_batch_norm,
+)
+from coterie.engine.evaluation import Evaluation, evaluate_split
+from coterie.engine.files import atomic_write
+from coterie.engine.inputs import build_loader, monitored_split, open_source, source_info
+from coterie.engine.interrupt import Interrupt
+from coterie.engine.logs import Logs, read_events
+from coterie.engine.optim import build_optimizer, learning_rate, set_learning_rate
+from coterie.engine.progress import Progress
+from coterie.engine.runs import create_run, resolve_run, write_environment, write_source
+from coterie.tasks import Batch, create_task
+
+BEFORE_TRAINING = 2**31 - 1  # the step under which initial weights are drawn; no run gets there
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or the gradient became NaN or infinite; the message has the step, the last good checkpoint and a hint."""
+
+
+@dataclass
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        run_dir: The run folder.
+        step: Optimizer steps done.
+        metrics: Figures of the test split at the end; empty when interrupted.
+        seconds: Wall time of this start.
+        interrupted: Whether the run was stopped by Ctrl-C, after a checkpoint.
+        main: Whether this process is the one that writes and prints.
+    """
+
+    run_dir: Path
+    step: int
+    metrics: dict[str, float]
+    seconds: float
+    interrupted: bool = False
+    main: bool = True
+
+
+def train(config: RunConfig, *, resume: bool = False, show: Callable[[RunConfig], str] | None = None) -> RunResult:
+    """Train as `config` says, into its run folder.
+
+    Args:
+        config: The run. With `resume`, fields left at their defaults are taken from the run folder.
+        resume: Go on from the latest whole checkpoint of the run folder (from the beginning if there is none yet).
+        show: Makes the text that is printed first, once, of the configuration that is trained with.
+
+    Raises:
+        ValueError, FileNotFoundError: the configuration or the data cannot be used; nothing has been written.
+        StorageError: the disk refused; earlier checkpoints are intact.
+        NonFiniteLoss: training diverged.
+    """
+    check(config)
+    accelerator = make_accelerator(config.train)
+    config = on_main(accelerator, lambda: resolve_run(config, resume))
+    trainer = Trainer(config, accelerator)
+    on_main(accelerator, lambda: create_run(config, resume))
+    if show and accelerator.is_main_process:
+        print(show(config))
+    return trainer.run(resume)
+
+
+class Trainer:
+    """One run in progress. Building it opens the data and the model, and writes nothing."""
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.run_dir, self.checkpoints = config.run_dir, config.run_dir / "checkpoints"
+        self.source = open_source(config)
+        self.info = source_info(self.source, config)
+        self.task = create_task(
+            config.task.name, classes=self.info.classes, augment=config.augment, **config.task.options
+        )
+        self.monitored = monitored_split(self.source)
+        self.loader = build_loader(self.source, "train", self.info, config, accelerator, train=True)
+        self.test_loaders = {
+            split: build_loader(self.source, split, self.info, config, accelerator, train=False)
+            for split in {self.monitored, "test"}
+        }
+        self.epoch_steps = self.loader.num_batches()
+        self.steps = config.train.epochs * self.epoch_steps
+        self._build_model()
+        self.step = 0
+        self.best: dict[str, float] | None = None
+        self.unlogged: list[tuple[Tensor | float, Tensor | float]] = []  # loss and gradient norm of each step
+        self.paused = 0.0  # seconds of the current log window that went into evaluations and checkpoints
+
+    def _build_model(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        seed_step(config.train.seed, BEFORE_TRAINING, 0)  # the same weights on every rank
+        model = self.task.build_model(config.model, self.info).to(accelerator.device)
+        if config.model.centroid_init == "data":
+            first = next(self.loader.batches(0, 0, train=True))
+            initialize_centroids(model, first["image"].to(accelerator.device))
+        if accelerator.num_processes > 1:
+            model = synchronize_batch_norm(model, accelerator.device)
+        self.average = None
+        if config.optim.ema_decay:
+            from timm.utils import ModelEmaV3
+
+            # Warm-up: a young average follows the weights closely; its decay is a function of the step.
+            self.average = ModelEmaV3(model, decay=config.optim.ema_decay, use_warmup=True)
+        self.plain_optimizer = build_optimizer(model, config.optim)
+        follow_learning_rate(model, self.plain_optimizer)
+        self.plain_model = model.train()
+        self.model, self.optimizer = accelerator.prepare(model, self.plain_optimizer)
+
+    @property
+    def answering_model(self) -> nn.Module:
+        """The model that is evaluated and kept: the moving average where there is one."""
+        return self.plain_model if self.average is None else self.average.module
+
+    # The course of a run
+
+    def run(self, resume: bool) -> RunResult:
+        """Train to the end, or to a Ctrl-C."""
+        start = time.monotonic()
+        if resume:
+            self._restore()
+        main = self.accelerator.is_main_process
+        if main:
+            write_source(self.run_dir, self.info)
+            write_environment(self.run_dir, self.accelerator.device, self.accelerator.num_processes)
+        self.progress = Progress(self.steps, self.step, visible=main)
+        self.logs = Logs(self.run_dir, self.step) if main else None
+        self._announce()
+        try:
+            with Interrupt() as self.interrupt, self.progress:
+                interrupted = self._train()
+            metrics = {} if interrupted else self._finish()
+        finally:
+            if self.logs:
+                self.logs.close()
+            for loader in (self.loader, *self.test_loaders.values()):
+                loader.close()
+        return RunResult(self.run_dir, self.step, metrics, time.monotonic() - start, interrupted, main)
+
+    def _announce(self) -> None:
+        parameters = sum(parameter.numel() for parameter in self.plain_model.parameters())
+        self.progress.line(self.source.describe())
+        self.progress.line(f"{self.config.model.name}: {parameters:,} parameters, {self.steps} steps of "
+                           f"{self.config.train.batch_size} images on {self.accelerator.num_processes} x "
+                           f"{self.accelerator.device.type}, into {self.run_dir}")  # fmt: skip
+        if self.step:
+            self.progress.line(f"going on from step {self.step}")
+
+    def _train(self) -> bool:
+        """Train from `self.step` to the end; True when interrupted."""
+        output = self.config.output
+        self._start_window()
+        while self.step < self.steps:
+            epoch, start = divmod(self.step, self.epoch_steps)
+            for batch in self.loader.batches(epoch, start, train=True):
+                self._train_step(batch)
+                self.progress.step(self.step, epoch, self.config.train.epochs)
+                epoch_ends = self.step % self.epoch_steps == 0
+                logging = epoch_ends or self.step % output.log_every == 0
+                if logging:
+                    self._log_training(epoch)
+                if epoch_ends:
+                    with self._pause():
+                        self._end_epoch(epoch + 1)
+                elif output.checkpoint_every and self.step % output.checkpoint_every == 0:
+                    with self._pause():
+                        self._save_checkpoint()
+                # Ranks may see the signal at different steps, so they must ask one another; not at every step, it costs.
+                alone = self.accelerator.num_processes == 1
+                if (alone or logging) and any_rank(self.accelerator, self.interrupt.requested):
+                    if not epoch_ends:
+                        self._save_checkpoint()
+                    return self.step < self.steps
+        return False
+
+    def _train_step(self, batch: Batch) -> None:
+        """One optimizer step on this rank's share of a global batch, in `accumulate` parts."""
+        config, accelerator = self.config, self.accelerator
+        seed_step(config.train.seed, self.step, accelerator.process_index)
+        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        batch = self.task.prepare_batch(batch)
+        set_learning_rate(self.plain_optimizer, self._learning_rate())
+        rows = len(next(iter(batch.values())))
+        parts = min(config.train.accumulate, rows)
+        split = {name: value.tensor_split(parts) for name, value in batch.items()}
+        total: Tensor | float = 0.0
+        for number in range(parts):
+            part = {name: pieces[number] for name, pieces in split.items()}
+            last = number == parts - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                with accelerator.autocast():
+                    loss = self.task.loss(self.model, part)["loss"]
+                loss = loss * (len(next(iter(part.values()))) / rows)
+                accelerator.backward(loss)
+            total = total + loss.detach()
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.plain_model, step=self.step)
+        self.unlogged.append((total, norm))
+
+    def _learning_rate(self) -> float:
+        schedule = self.config.schedule
+        warmup = round(schedule.warmup_epochs * self.epoch_steps)
+        return learning_rate(self.step, self.steps, warmup, self.config.optim.lr, schedule)
+
+    def _end_epoch(self, done: int) -> None:
+        """Evaluate where it is due, and write a checkpoint."""
+        if done % self.config.output.eval_every == 0 or self.step == self.steps:
+            evaluation = self._evaluate(self.monitored, collect=self.step == self.steps)
+            self.final = evaluation
+            figures, name = evaluation.figures, self.task.summary
+            if self.best is None or figures[name] > self.best[name]:
+                self.best = {"step": self.step, name: figures[name]}
+            if self.logs:
+                self.logs.write("eval", self.step, done, split=self.monitored, **figures)
+            shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items())
+            self.progress.line(f"epoch {done}/{self.config.train.epochs}  {self.monitored}: {shown}")
+        self._save_checkpoint()
+
+    def _evaluate(self, split: str, *, collect: bool) -> Evaluation:
+        batches = self.test_loaders[split].batches(0, 0, train=False)
+        return evaluate_split(self.task, self.answering_model, batches, self.accelerator, collect=collect)
+
+    def _finish(self) -> dict[str, float]:
+        """Write what a finished run leaves: weights, and what the model says about each sample of the test split."""
+        done = getattr(self, "final", None)
+        if done is None or self.monitored != "test":
+            done = self._evaluate("test", collect=True)
+        if self.logs:
+            if self.monitored != "test" and not any(event["event"] == "test" for event in read_events(self.run_dir)):
+                self.logs.write("test", self.step, self.config.train.epochs, split="test", **done.figures)
+            tensors = {
+                name: value.cpu().contiguous().clone() for name, value in self.answering_model.state_dict().items()
+            }
+            atomic_write(self.run_dir / "model.safetensors", tensors_to_bytes(tensors))
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **done.samples)
+            atomic_write(self.run_dir / "predictions.npz", buffer.getvalue())
+        self.accelerator.wait_for_everyone()
+        return done.figures
+
+    # The log
+
+    def _start_window(self) -> None:
+        self.window, self.paused = (time.monotonic(), self.step), 0.0
+
+    @contextlib.contextmanager
+    def _pause(self) -> Any:
+        """Time spent inside does not count as training time."""
+        start = time.monotonic()
+        yield
+        self.paused += time.monotonic() - start
+
+    def _fetch_unlogged(self) -> None:
+        """Turn the losses since the last log line into numbers, the mean of all ranks, and make sure they are finite.
+
+        Only here the host waits for the device, so a diverged run is noticed at the next log line or checkpoint, and still
+        told the exact step.
+        """
+        fetched = [index for index, (loss, _) in enumerate(self.unlogged) if isinstance(loss, Tensor)]
+        if not fetched:
+            return
+        values = torch.stack([torch.stack([torch.as_tensor(x).float() for x in self.unlogged[i]]) for i in fetched])
+        values = mean_over_ranks(self.accelerator, values.to(self.accelerator.device)).tolist()
+        for index, (loss, norm) in zip(fetched, values, strict=True):
+            self.unlogged[index] = (loss, norm)
+            # In fp16 an infinite gradient norm is routine: the loss scale was too high, and the step was skipped.
+            if not math.isfinite(loss) or not (math.isfinite(norm) or self.accelerator.scaler is not None):
+                step = self.step - len(self.unlogged) + index + 1
+                raise NonFiniteLoss(
+                    self._divergence(step, "loss" if not math.isfinite(loss) else "gradient", loss, norm)
+                )
+
+    def _divergence(self, step: int, what: str, loss: float, norm: float) -> str:
+        last = checkpoint.latest(self.checkpoints)
+        value = loss if what == "loss" else norm
+        hints = [f"lower optim.lr (now {self.config.optim.lr:g})"]
+        if not self.config.optim.clip_norm:
+            hints.append("clip gradients (optim.clip_norm 1)")
+        if self.config.train.precision != "no":
+            hints.append(f"train without {self.config.train.precision}")
+        if self.config.schedule.warmup_epochs < 1:
+            hints.append("warm up longer")
+        return (f"the {what} became {value} at step {step} of {self.steps}; last good checkpoint: {last or 'none yet'}; "
+                f"{', or '.join(hints)}, in a new run")  # fmt: skip
+
+    def _log_training(self, epoch: int) -> None:
+        self._fetch_unlogged()
+        losses, norms = zip(*self.unlogged, strict=True)
+        finite = [norm for norm in norms if math.isfinite(norm)]
+        seconds = time.monotonic() - self.window[0] - self.paused
+        values = {
+            "loss": sum(losses) / len(losses),
+            "lr": self.plain_optimizer.param_groups[0]["lr"],
+            "images_per_s": round((self.step - self.window[1]) * self.config.train.batch_size / max(seconds, 1e-9), 1),
+        }
+        if finite:
+            values["grad_norm"] = sum(finite) / len(finite)
+        if self.logs:
+            self.logs.write("train", self.step, round(self.step / self.epoch_steps, 4), **values)
+        self.progress.status(self.step, epoch, self.config.train.epochs, values)
+        self.unlogged.clear()
+        self._start_window()
+
+    # Checkpoints
+
+    def _save_checkpoint(self) -> None:
+        self._fetch_unlogged()
+        if self.accelerator.is_main_process:
+            tensors = {
+                "model": self.plain_model.state_dict(),
+                "optimizer": checkpoint.optimizer_tensors(self.plain_model, self.plain_optimizer),
+            }
+            if self.average is not None:
+                tensors["average"] = self.average.module.state_dict()
+            scaler = self.accelerator.scaler
+            state = {"best": self.best, "unlogged": self.unlogged, "scaler": scaler.state_dict() if scaler else None}
+            checkpoint.save(self.checkpoints, self.step, tensors, state)
+            checkpoint.prune(self.checkpoints, self.config.output.keep, self.best["step"] if self.best else None)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self) -> None:
+        """Go back to the latest whole checkpoint; without one, stay at the beginning."""
+        path = checkpoint.latest(self.checkpoints)
+        state = checkpoint.read_state(path) if path else None
+        if path is None or state is None:
+            return
+        checkpoint.load_weights(self.plain_model, checkpoint.read_tensors(path, "model") or {}, path)
+        if self.average is not None:
+            checkpoint.load_weights(self.average.module, checkpoint.read_tensors(path, "average") or {}, path)
+        optimizer = checkpoint.read_tensors(path, "optimizer") or {}
+        checkpoint.restore_optimizer(self.plain_model, self.plain_optimizer, optimizer)
+        if state["scaler"] and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.best = state["step"], state["best"]
+        self.unlogged = [(loss, norm) for loss, norm in state["unlogged"]]
+        set_learning_rate(self.plain_optimizer, self._learning_rate())
