@@ -8,6 +8,7 @@ back to the same configuration.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,6 +215,7 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
+    _check_names(values)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunConfig)
     try:
@@ -295,6 +297,21 @@ def merge_for_resume(saved: RunConfig, given: RunConfig) -> RunConfig:
         section, key = name.split(".", 1)
         merged[section][key] = wanted[name]
     return config_from_dict(merged)
+
+
+def _check_names(values: Any) -> None:
+    """Refuse sections and fields that do not exist, with the nearest name that does."""
+    known = flatten(RunConfig())
+    for section, fields in values.items() if isinstance(values, dict) else [(values, None)]:
+        if section not in _field_names():
+            raise ValueError(f"configuration: no section {section!r}; there are {', '.join(_field_names())}")
+        if not isinstance(fields, dict):
+            raise ValueError(f"configuration: {section} is {fields!r}; it takes fields with their values")
+        for name in fields:
+            if f"{section}.{name}" not in known:
+                near = difflib.get_close_matches(f"{section}.{name}", known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"see coterie train --help for those of {section}"
+                raise ValueError(f"configuration: no field {section}.{name}; {hint}")
 
 
 def _field_names() -> list[str]:
