@@ -1,0 +1,125 @@
+"""Shifted-window attention: tokens attend inside windows, and every second block shifts the windows by half.
+
+Swin Transformer, arXiv 2103.14030, section 3.2, on 1-, 2- and 3-dimensional grids. Differences from the authors' code:
+the padding of a grid that the windows do not divide takes no part in attention (there it does), and the relative
+position bias is an option, off by default, so that a backbone has the same parameters with any mechanism.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from coterie.attention._windows import Windows, window_attention
+from coterie.attention.base import GridAttention, check_int, register_attention
+
+
+@register_attention("shifted_window")
+class ShiftedWindowAttention(GridAttention):
+    """Attention inside (shifted) windows.
+
+    Args:
+        dim, num_heads, and the keywords of GridAttention.
+        window_size: tokens along each axis of a window, one number for all axes or one per axis. A window larger than
+            the grid is the grid.
+        shift_size: by how much the blocks with an odd `block_index` shift their windows; half a window when None.
+        block_index: which block of its stage this is: even ones do not shift.
+        relative_position_bias: add Swin's learned bias per head and relative position to the logits. The table is made
+            for the axes of `window_size` (two axes where that is one number), and other grids are then refused.
+    """
+
+    grid_dims: ClassVar[frozenset[int]] = frozenset({1, 2, 3})
+    patterns: ClassVar[frozenset[str]] = frozenset({"bidirectional self"})
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        window_size: int | Sequence[int] = 7,
+        shift_size: int | Sequence[int] | None = None,
+        block_index: int = 0,
+        relative_position_bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: object,
+    ) -> None:
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **options)  # type: ignore[arg-type]
+        self.window_size = _sizes("window_size", window_size, 1)
+        if shift_size is None:
+            self.shift_size = tuple(w // 2 for w in self.window_size)
+        else:
+            self.shift_size = _sizes("shift_size", shift_size, 0)
+            if len(self.shift_size) not in (1, len(self.window_size)) and len(self.window_size) != 1:
+                raise ValueError(f"shift_size must have as many axes as window_size {window_size}, got {shift_size}")
+            largest = self.window_size * (len(self.shift_size) if len(self.window_size) == 1 else 1)
+            if any(s >= w for s, w in zip(self.shift_size, largest)):
+                raise ValueError(f"shift_size must be smaller than window_size {window_size}, got {shift_size}")
+        check_int("block_index", block_index, 0)
+        self.shifts = block_index % 2 == 1
+        self.relative_position_bias_table: nn.Parameter | None = None
+        if relative_position_bias:
+            if len(self.window_size) == 1 and isinstance(window_size, int):
+                self.window_size, self.shift_size = self.window_size * 2, self.shift_size * (2 // len(self.shift_size))
+            rows = 1
+            for size in self.window_size:
+                rows *= 2 * size - 1
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads, device=device, dtype=dtype))
+            nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def attend(
+        self,
+        query: Float[Tensor, "batch heads queries head_dim"],
+        key: Float[Tensor, "batch heads keys head_dim"],
+        value: Float[Tensor, "batch heads keys head_dim"],
+        *,
+        grid: tuple[int, ...],
+        key_grid: tuple[int, ...] | None,
+        mask: Bool[Tensor, "batch keys"] | None,
+        is_causal: bool,
+    ) -> Float[Tensor, "batch heads queries head_dim"]:
+        query, scale = self.scaled(query)
+        windows = self.windows(grid)
+        return window_attention(query, key, value, windows, mask=mask, bias=self._bias(windows), scale=scale)
+
+    def windows(self, grid: tuple[int, ...]) -> Windows:
+        """How this block cuts a grid."""
+        dims = len(grid)
+        axes = len(self.window_size)
+        if axes != dims and (axes != 1 or self.relative_position_bias_table is not None):
+            raise ValueError(
+                f"x must have a {axes}-dimensional grid, as window_size={self.window_size}, got grid {grid}"
+            )
+        window, shift = (sizes * (dims // len(sizes)) for sizes in (self.window_size, self.shift_size))
+        return Windows.fit(grid, window, shift if self.shifts else (0,) * dims)
+
+    def no_weight_decay(self) -> set[str]:
+        table = set() if self.relative_position_bias_table is None else {"relative_position_bias_table"}
+        return super().no_weight_decay() | table
+
+    def extra_repr(self) -> str:
+        shift = self.shift_size if self.shifts else 0
+        return f"{super().extra_repr()}, window_size={self.window_size}, shift={shift}"
+
+    def _bias(self, windows: Windows) -> Float[Tensor, "heads window_tokens window_tokens"] | None:
+        if self.relative_position_bias_table is None:
+            return None
+        table = self.relative_position_bias_table
+        axes = [torch.arange(used, device=table.device) for used in windows.window]
+        place = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)  # (window tokens, axes)
+        offset = place[:, None] - place[None, :]
+        row = torch.zeros_like(offset[..., 0])
+        for axis, size in enumerate(self.window_size):
+            row = row * (2 * size - 1) + offset[..., axis] + size - 1
+        return table[row].permute(2, 0, 1)
+
+
+def _sizes(name: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
+    sizes = (value,) if isinstance(value, int) else tuple(value)
+    if not 1 <= len(sizes) <= 3:
+        raise ValueError(f"{name} must be one number, or one per axis of a 1-, 2- or 3-dimensional grid, got {value!r}")
+    for size in sizes:
+        check_int(name, size, least)
+    return sizes
