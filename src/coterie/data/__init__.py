@@ -1,4 +1,4 @@
-"""Pictures with labels: readers of standard formats, transforms, and a loader whose every batch is a function of the seed."""
+"""Pictures with labels: readers of standard formats, transforms, and a loader that is a function of its seed."""
 
 from coterie.data.images import BadSample
 from coterie.data.loading import Loader, TooManyBadSamples

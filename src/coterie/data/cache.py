@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -57,23 +58,26 @@ def decode_all(dataset: ImageDataset, max_bad: int, limit: int | None = None) ->
 
     Args:
         dataset: what to decode.
-        max_bad: stop decoding once more pictures than this are bad; the cache then holds those bad ones and is not complete.
+        max_bad: stop decoding once more pictures than this are bad; the cache then holds those bad ones and is not
+            complete.
         limit: give up (and return None) as soon as the decoded pictures exceed this many bytes.
     """
     start, size = time.monotonic(), 0
     pictures: list[np.ndarray | None] = []
     bad: dict[int, BadSample] = {}
-    for picture in _decode(dataset):
-        if isinstance(picture, BadSample):
-            bad[len(pictures)] = picture
-            pictures.append(None)
-        else:
-            size += picture.nbytes
-            pictures.append(picture)
-        if limit is not None and size > limit:
-            return None
-        if len(bad) > max_bad:
-            break
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata; what matters raises
+        for picture in _decode(dataset):
+            if isinstance(picture, BadSample):
+                bad[len(pictures)] = picture
+                pictures.append(None)
+            else:
+                size += picture.nbytes
+                pictures.append(picture)
+            if limit is not None and size > limit:
+                return None
+            if len(bad) > max_bad:
+                break
     logger.info("decoded %d images into memory (%d MiB) in %.1f s", len(pictures), size >> 20, time.monotonic() - start)
     return CachedImages(dataset, pictures, bad)
 

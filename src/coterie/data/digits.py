@@ -1,8 +1,8 @@
 """Handwritten digits: the 1,797 real pictures of 8x8 pixels that scikit-learn ships, drawn larger.
 
-Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998 (the
-test part of it; 17 levels of grey). Nothing is fetched: the figures are part of scikit-learn. They have no official split; here a
-fifth of each class, always the same one, is the test split.
+Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998
+(the test part of it; 17 levels of grey). Nothing is fetched: the figures are part of scikit-learn. They have no
+official split; here a fifth of each class, always the same one, is the test split.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Digits(ImageDataset):
     def __init__(
         self,
         pixels: UInt8[np.ndarray, "samples 8 8"],
-        labels: Int64[np.ndarray, "samples"],
-        rows: Int64[np.ndarray, "samples"],
+        labels: Int64[np.ndarray, " samples"],
+        rows: Int64[np.ndarray, " samples"],
         size: tuple[int, int],
     ) -> None:
         self.pixels, self.labels, self.rows, self.size = pixels, labels, rows, size
@@ -53,8 +53,6 @@ def open_digits(image_size: tuple[int, int] | None = None) -> DataSource:
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     labels = bunch.target.astype(np.int64)
     size = image_size or (DEFAULT_SIZE, DEFAULT_SIZE)
-    train, test = (
-        Digits(pixels[rows], labels[rows], rows, size) for rows in stratified_split(labels, TEST_SHARE)
-    )
+    train, test = (Digits(pixels[rows], labels[rows], rows, size) for rows in stratified_split(labels, TEST_SHARE))
     classes = [str(name) for name in bunch.target_names]
     return assemble("digits", classes, {"train": train, "test": test}, mirror=False, background=0)

@@ -3,9 +3,9 @@
     PATH/train/<class>/**/*.jpg, PATH/val/<class>/..., PATH/test/<class>/...      with splits, or
     PATH/<class>/**/*.jpg                                                         without: a tenth is held out.
 
-Labels follow the sorted class names of the train split, as in ImageFolder. Symbolic links are followed (each folder once
-per class). Hidden files and files that are not pictures by their extension are passed over. Class names are compared in
-Unicode's composed form (NFC), because some systems decompose the names of files.
+Labels follow the sorted class names of the train split, as in ImageFolder. Symbolic links are followed (each folder
+once per class). Hidden files and files that are not pictures by their extension are passed over. Class names are
+compared in Unicode's composed form (NFC), because some systems decompose the names of files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger("coterie.data")
 class Files(ImageDataset):
     """Pictures in files of their own."""
 
-    def __init__(self, paths: Sequence[str], labels: Int64[np.ndarray, "samples"]) -> None:
+    def __init__(self, paths: Sequence[str], labels: Int64[np.ndarray, " samples"]) -> None:
         self.paths = list(paths)
         self.labels = labels
 
@@ -75,7 +75,9 @@ def _split_folders(root: Path) -> dict[str, Path]:
         if split is None:
             others.append(folder.name)
         elif split in found:
-            raise ValueError(f"{printable(root)}: both {found[split].name!r} and {folder.name!r} name the {split} split")
+            raise ValueError(
+                f"{printable(root)}: both {found[split].name!r} and {folder.name!r} name the {split} split"
+            )
         else:
             found[split] = folder
     if not found:
@@ -118,9 +120,10 @@ def _files(by_class: dict[str, list[str]], classes: Sequence[str]) -> Files:
     labels: list[int] = []
     for name in sorted(by_class):
         if name not in numbers:
+            folder = os.path.dirname(printable(by_class[name][0]))
             close = difflib.get_close_matches(name, classes, n=1)
             raise ValueError(
-                f"{os.path.dirname(printable(by_class[name][0]))}: unknown label {name!r}: the train split has no such class"
+                f"{folder}: unknown label {name!r}: the train split has no such class"
                 + (f"; closest: {close[0]!r}" if close else "")
             )
         paths += by_class[name]

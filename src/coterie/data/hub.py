@@ -1,6 +1,7 @@
 """Image sets on the Hugging Face hub, by name, through `datasets` and its cache.
 
-A set that is in the cache opens without a network. What `datasets` gives is an Arrow table per split, read as parquet.py does.
+A set that is in the cache opens without a network. What `datasets` gives is an Arrow table per split, read as
+parquet.py does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def open_hub(name: str, image: str | None = None, label: str | None = None, conf
         config: the set's configuration, where it has several.
 
     Raises:
-        ValueError: the set cannot be had (no network and not in the cache, no such set, a script) or is no labelled image set.
+        ValueError: the set cannot be had (no network and not in the cache, no such set, a script) or is no labelled
+            image set.
     """
     import datasets
 

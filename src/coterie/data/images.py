@@ -5,8 +5,8 @@ What is done, in this order:
 - the EXIF orientation is applied (a photo taken upright stands upright);
 - 16-bit grey is scaled to 8 bits (Pillow's own conversion would clip it to white);
 - transparency is laid over white;
-- the rest (palette, CMYK, YCbCr, LAB, 1 bit) is Pillow's conversion; grey from colour is the ITU-R 601 luma, colour from grey
-  repeats the channel. Colour profiles are ignored.
+- the rest (palette, CMYK, YCbCr, LAB, 1 bit) is Pillow's conversion; grey from colour is the ITU-R 601 luma, colour
+  from grey repeats the channel. Colour profiles are ignored.
 A picture that cannot be decoded raises `BadSample`, with a reason short enough for a line of a log.
 """
 
@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga .avif".split()
-)
+# fmt: off
+EXTENSIONS = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".jp2", ".tga", ".avif",
+})
+# fmt: on
 """Names of files that are taken for pictures, in lower case."""
 
 MODES = {1: "L", 3: "RGB"}
@@ -79,10 +81,8 @@ def decode_image(data: bytes, channels: int, name: str) -> Image.Image:
     """
     image = _open(data, name)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what matters raises
-            image.load()
-            return to_mode(upright(image), channels)
+        image.load()
+        return to_mode(upright(image), channels)
     except Exception as error:  # on damaged files Pillow's decoders raise nearly anything, from OSError to IndexError
         raise BadSample(name, _reason(error)) from error
 
@@ -116,7 +116,8 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     """Convert a decoded picture of any Pillow mode to "L" or "RGB" by the rules at the top of this file.
 
     Raises:
-        ValueError: `channels` is neither 1 nor 3, or the mode has no agreed 8-bit meaning (floating point, 32-bit integers).
+        ValueError: `channels` is neither 1 nor 3, or the mode has no agreed 8-bit meaning (floating point, 32-bit
+            integers).
     """
     if channels not in MODES:
         raise ValueError(f"channels: got {channels}, takes 1 (grey) or 3 (RGB)")
@@ -138,9 +139,7 @@ def _open(data: bytes, name: str) -> Image.Image:
     if not data:
         raise BadSample(name, "the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data))
     except Exception as error:  # as in decode_image
         raise BadSample(name, _reason(error)) from error
 

@@ -5,11 +5,12 @@
     rank r of W    takes the r-th slice of every global batch
     batch b        can be the first one: an epoch that was interrupted goes on where it stopped
 
-So the number of workers, the number of ranks and an interruption change nothing in what the model sees. The global random
-generators are left as they were found: a loader never disturbs the dropout of the model beside it.
+So the number of workers, the number of ranks and an interruption change nothing in what the model sees. The global
+random generators are left as they were found: a loader never disturbs the dropout of the model beside it.
 
-A picture that cannot be read is skipped, reported with its path and counted. In training the next good one of the dataset takes its
-place; in evaluation it is left out. Past a stated share of bad ones the run stops (TooManyBadSamples).
+A picture that cannot be read is skipped, reported with its path and counted. In training the next good one of the
+dataset takes its place; in evaluation it is left out. Past a stated share of bad ones the run stops
+(TooManyBadSamples).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import logging
 import math
 import multiprocessing
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -31,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from coterie.data.cache import LIMIT, CachedImages, decode_all
 from coterie.data.images import BadSample
-from coterie.data.randomness import permutation, preserved_generators, seed_everything
+from coterie.data.randomness import hash_key, permutation, preserved_generators, seed_everything
 from coterie.data.source import ImageDataset
 
 logger = logging.getLogger("coterie.data")
@@ -66,7 +68,12 @@ class _Batcher(Dataset[_Delivery]):
     """Makes batches, in this process or in a worker."""
 
     def __init__(
-        self, dataset: ImageDataset, transform: Callable[[Image.Image], Tensor], seed: int, max_bad: int, equal_rows: bool
+        self,
+        dataset: ImageDataset,
+        transform: Callable[[Image.Image], Tensor],
+        seed: int,
+        max_bad: int,
+        equal_rows: bool,
     ) -> None:
         self.dataset = dataset
         self.transform = transform
@@ -78,14 +85,16 @@ class _Batcher(Dataset[_Delivery]):
     def __getitem__(self, order: _Order) -> _Delivery:
         bad: dict[str, str] = {}
         rows: list[tuple[Tensor | None, int, int]] = []
-        with preserved_generators():
-            for index in order.indices:
+        seeds = hash_key(self.seed, order.epoch, np.array(order.indices, dtype=np.int64)).tolist()
+        with preserved_generators(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, every epoch; what matters raises
+            for index, seed in zip(order.indices, seeds, strict=True):
                 found = self._find(index, order.train, bad)
                 if found is None:
                     rows.append((None, PADDING, PADDING))
                     continue
                 used, image = found
-                seed_everything(self.seed, order.epoch, index)
+                seed_everything(seed)
                 rows.append((self.transform(image), int(self.dataset.labels[used]), used))
         if order.train and any(image is None for image, _, _ in rows):
             return _Delivery(None, list(bad.items()))  # too many bad ones; the loader stops when it hears of them
@@ -152,8 +161,8 @@ class Loader:
         pin_memory: put batches in page-locked memory, for a faster way to a GPU.
 
     Attributes:
-        bad: reason by name of each picture that could not be read so far. With several ranks and no cache each rank knows
-            those it met.
+        bad: reason by name of each picture that could not be read so far. With several ranks and no cache each rank
+            knows those it met.
 
     Raises:
         ValueError: an argument out of its range, or a batch that the ranks cannot share equally.
@@ -203,7 +212,7 @@ class Loader:
         self._turn = 0
 
     def num_batches(self, train: bool = True) -> int:
-        """Batches in an epoch. Training leaves out an incomplete last one; a set smaller than a batch fills one by repeating."""
+        """Batches in an epoch. Training drops an incomplete last one; a set smaller than a batch is repeated."""
         if train:
             return max(len(self.dataset) // self.batch_size, 1)
         return math.ceil(len(self.dataset) / self.batch_size)
@@ -211,13 +220,13 @@ class Loader:
     def batches(self, epoch: int, start_batch: int = 0, train: bool = True) -> Iterator[Batch]:
         """This rank's slices of the batches of an epoch, from `start_batch` on.
 
-        Training shuffles and gives full batches only. Evaluation keeps the dataset's order and shows every picture once; with
-        several ranks every rank gets the same number of rows, filled up with rows of index and label -1 and zero pixels,
-        which are to be dropped after gathering.
+        Training shuffles and gives full batches only. Evaluation keeps the dataset's order and shows every picture
+        once; with several ranks every rank gets the same number of rows, filled up with rows of index and label -1
+        and zero pixels, which are to be dropped after gathering.
 
         Yields:
-            {"image": float32 (batch, channels, height, width), "label": int64 (batch,), "index": int64 (batch,)}; "index" is that
-            of the picture shown, in the dataset.
+            {"image": float32 (batch, channels, height, width), "label": int64 (batch,), "index": int64 (batch,)};
+            "index" is that of the picture shown, in the dataset.
 
         Raises:
             ValueError: `start_batch` is beyond the epoch.
@@ -236,15 +245,15 @@ class Loader:
         self._pool = None
         self._turn += 1
 
-    def _epoch_order(self, epoch: int, train: bool) -> Int64[np.ndarray, "rows"]:
-        """Dataset indices in the order of an epoch, whole batches (training) or with padding for the ranks (evaluation)."""
+    def _epoch_order(self, epoch: int, train: bool) -> Int64[np.ndarray, " rows"]:
+        """Dataset indices in the order of an epoch: whole batches (training), or padded for the ranks (evaluation)."""
         length = len(self.dataset)
         if train:
             return np.resize(permutation(length, self.seed, epoch), self.num_batches() * self.batch_size)
         padding = -length % self.world_size
         return np.concatenate([np.arange(length), np.full(padding, PADDING)])
 
-    def _slice(self, order: Int64[np.ndarray, "rows"], batch: int) -> Int64[np.ndarray, "slice"]:
+    def _slice(self, order: Int64[np.ndarray, " rows"], batch: int) -> Int64[np.ndarray, " slice"]:
         whole = order[batch * self.batch_size : (batch + 1) * self.batch_size]
         share = len(whole) // self.world_size
         return whole[self.rank * share : (self.rank + 1) * share]
@@ -252,7 +261,8 @@ class Loader:
     def _deliver(self, orders: list[_Order]) -> Iterator[Batch]:
         if self._batcher is None:
             self._batcher = self._prepare()
-        deliveries = self._from_workers(orders) if self.workers else map(self._batcher.__getitem__, orders)
+        batcher = self._batcher
+        deliveries = self._from_workers(batcher, orders) if self.workers else map(batcher.__getitem__, orders)
         for order, delivery in zip(orders, deliveries, strict=True):
             self._met[[index for index in order.indices if index != PADDING]] = True
             self._note(delivery.bad)
@@ -288,10 +298,10 @@ class Loader:
             sizes.append(header.height * header.width * self.dataset.channels)
         return bool(sizes) and float(np.mean(sizes)) * len(self.dataset) <= LIMIT // self.world_size
 
-    def _from_workers(self, orders: list[_Order]) -> Iterator[_Delivery]:
+    def _from_workers(self, batcher: _Batcher, orders: list[_Order]) -> Iterator[_Delivery]:
         if self._pool is None:
             self._pool = DataLoader(
-                self._batcher,
+                batcher,
                 batch_size=None,
                 sampler=self._orders,
                 num_workers=self.workers,
@@ -309,7 +319,9 @@ class Loader:
         iterator = iter(self._pool)
         for _ in orders:
             if turn != self._turn:
-                raise RuntimeError("a new iteration over the same Loader began, or it was closed, before this one ended")
+                raise RuntimeError(
+                    "a new iteration over the same Loader began, or it was closed, before this one ended"
+                )
             yield next(iterator)
 
     def _allowed(self, count: int) -> int:

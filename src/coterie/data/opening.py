@@ -18,11 +18,12 @@ def open_data(spec: str | os.PathLike[str], *, image_size: int | tuple[int, int]
     """Open a set of labelled pictures.
 
     Args:
-        spec: "digits", "folder:PATH", "parquet:PATH", "hf:NAME" or "webdataset:PATTERN"; a bare path of a folder is parquet when
-            there is a .parquet file in it, shards when there is a .tar file, else an image folder. Where a set has several
-            label or image columns, "?label=COLUMN&image=COLUMN" after parquet:PATH or hf:NAME chooses ("hf:cifar100?label=fine_label").
-        image_size: (height, width) or the side of a square at which digits are drawn (32 unless told). Other sources have the
-            size they have; `coterie.data.transforms` brings them to the size of training.
+        spec: "digits", "folder:PATH", "parquet:PATH", "hf:NAME" or "webdataset:PATTERN"; a bare path of a folder is
+            parquet when there is a .parquet file in it, shards when there is a .tar file, else an image folder. Where
+            a set has several label or image columns, "?label=COLUMN&image=COLUMN" after parquet:PATH or hf:NAME
+            chooses ("hf:cifar100?label=fine_label").
+        image_size: (height, width) or the side of a square at which digits are drawn (32 unless told). Other sources
+            have the size they have; `coterie.data.transforms` brings them to the size of training.
 
     Returns:
         a checked DataSource with at least the splits "train" and "test".
@@ -76,7 +77,9 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
     options = dict(pair.split("=") for pair in match[2].split("&"))
     unknown = sorted(set(options) - _OPTIONS[kind])
     if unknown:
-        raise ValueError(f"data source {spec!r}: unknown option {unknown[0]!r}; takes {', '.join(sorted(_OPTIONS[kind]))}")
+        raise ValueError(
+            f"data source {spec!r}: unknown option {unknown[0]!r}; takes {', '.join(sorted(_OPTIONS[kind]))}"
+        )
     return kind, match[1], options
 
 

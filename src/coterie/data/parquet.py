@@ -1,11 +1,12 @@
 """Parquet files as Hugging Face `datasets` writes them, read without a network.
 
-An image column is a struct of `bytes` and `path` (or plain binary); the label column is an integer whose class names stand in the
-schema's metadata under the key "huggingface" (a ClassLabel), or an integer or string without metadata. The split of a file is told
-by its name or folder ("train-00000-of-00004.parquet", "data/test.parquet", "validation/0000.parquet").
+An image column is a struct of `bytes` and `path` (or plain binary); the label column is an integer whose class names
+stand in the schema's metadata under the key "huggingface" (a ClassLabel), or an integer or string without metadata.
+The split of a file is told by its name or folder ("train-00000-of-00004.parquet", "data/test.parquet",
+"validation/0000.parquet").
 
-Rows are needed in random order, so the encoded pictures are held in memory; sets larger than `MEMORY_LIMIT` are turned once into
-a memory-mapped Arrow file by `datasets`, in its own cache.
+Rows are needed in random order, so the encoded pictures are held in memory; sets larger than `MEMORY_LIMIT` are
+turned once into a memory-mapped Arrow file by `datasets`, in its own cache.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def from_tables(
 
 
 def choose_columns(where: str, schema: pyarrow.Schema, image: str | None, label: str | None) -> tuple[str, str]:
-    """Names of the image and the label column of a schema. Raises ValueError where one is missing or there is a choice."""
+    """Names of the image and the label column. Raises ValueError where one is missing or there is a choice."""
     import pyarrow
 
     features = _features(schema)
@@ -157,7 +158,9 @@ def choose_columns(where: str, schema: pyarrow.Schema, image: str | None, label:
     labels = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
     return (
         _choose(where, "image", image, images, ("image", "img"), schema.names),
-        _choose(where, "label", label, labels, ("label", "labels"), [name for name in schema.names if name not in images]),
+        _choose(
+            where, "label", label, labels, ("label", "labels"), [name for name in schema.names if name not in images]
+        ),
     )
 
 
@@ -231,7 +234,7 @@ def _features(schema: pyarrow.Schema) -> dict[str, dict[str, Any]]:
 def _labels(
     where: str, column: pyarrow.ChunkedArray, names: Sequence[str] | None, known: Sequence[str] | None
 ) -> tuple[np.ndarray, list[str]]:
-    """Labels as int64 (missing ones -1) and the class names. `known` are those of the train split, None when this is it."""
+    """Labels as int64 (missing ones -1) and class names. `known` are those of the train split, None when this is it."""
     import pyarrow
     import pyarrow.compute
 

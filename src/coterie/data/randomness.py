@@ -1,9 +1,10 @@
 """Random numbers that are functions of their key and of nothing else.
 
-A run that is killed and resumed, or spread over another number of workers or ranks, must see the same pictures in the same
-order with the same augmentation. So nothing here has a state: every number is a hash of a key such as (seed, epoch, index).
-The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA
-2014), chained over the parts of the key. It does not depend on the version of any library, so splits stay what they are.
+A run that is killed and resumed, or spread over another number of workers or ranks, must see the same pictures in the
+same order with the same augmentation. So nothing here has a state: every number is a hash of a key such as (seed,
+epoch, index). The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+generators", OOPSLA 2014), chained over the parts of the key. It does not depend on the version of any library, so
+splits stay what they are.
 """
 
 from __future__ import annotations
@@ -36,26 +37,25 @@ def hash_key(*key: int | np.ndarray) -> UInt64[np.ndarray, "*shape"]:
     return result
 
 
-def permutation(length: int, *key: int) -> Int64[np.ndarray, "{length}"]:
+def permutation(length: int, *key: int) -> Int64[np.ndarray, " {length}"]:
     """The numbers 0 to length - 1 in an order that is a function of `key`."""
     return np.argsort(hash_key(*key, np.arange(length)), kind="stable").astype(np.int64)
 
 
-def seed_everything(*key: int) -> None:
-    """Seed the global generators of random, numpy and torch (CPU) from `key`. Pictures are augmented with all three."""
-    seed = int(hash_key(*key)[0])
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of random, numpy and torch (CPU), 64 bits. Pictures are augmented with all three."""
     random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002 (the generator that augmentation draws from)
     torch.default_generator.manual_seed(seed >> 1)
 
 
 @contextlib.contextmanager
 def preserved_generators() -> Iterator[None]:
     """Leave the global generators of random, numpy and torch (CPU) as they were found."""
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
     try:
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])
+        np.random.set_state(states[1])  # noqa: NPY002
         torch.default_generator.set_state(states[2])

@@ -1,8 +1,9 @@
 """What every reader gives: a `DataSource` of labelled pictures, checked before anything is trained on it.
 
-A reader (digits.py, folder.py, parquet.py, hub.py, webdataset.py) lists pictures and labels, and hands them to `assemble`,
-which settles the splits and refuses what could not be trained on: no images, an empty class, a label that is no class.
-No reader decodes a picture before it is asked for; `assemble` looks at the headers of a sample of the training pictures.
+A reader (digits.py, folder.py, parquet.py, hub.py, webdataset.py) lists pictures and labels, and hands them to
+`assemble`, which settles the splits and refuses what could not be trained on: no images, an empty class, a label that
+is no class. No reader decodes a picture before it is asked for; `assemble` looks at the headers of a sample of the
+training pictures.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class ImageDataset(ABC):
     Subclasses give `read` and `name`. `channels` (1 or 3) is set when a DataSource is assembled.
     """
 
-    labels: Int64[np.ndarray, "samples"]
+    labels: Int64[np.ndarray, " samples"]
     channels: int = 3
 
     @abstractmethod
@@ -93,7 +94,7 @@ class ImageDataset(ABC):
 class Subset(ImageDataset):
     """Some samples of another dataset, in the order of `indices`."""
 
-    def __init__(self, dataset: ImageDataset, indices: Int64[np.ndarray, "samples"]) -> None:
+    def __init__(self, dataset: ImageDataset, indices: Int64[np.ndarray, " samples"]) -> None:
         self.dataset = dataset
         self.indices = indices
         self.labels = dataset.labels[indices]
@@ -227,8 +228,8 @@ def assemble(
 
 
 def stratified_split(
-    labels: Int64[np.ndarray, "samples"], share: float, seed: int = 0
-) -> tuple[Int64[np.ndarray, "kept"], Int64[np.ndarray, "held_out"]]:
+    labels: Int64[np.ndarray, " samples"], share: float, seed: int = 0
+) -> tuple[Int64[np.ndarray, " kept"], Int64[np.ndarray, " held_out"]]:
     """Hold out `share` of every class (rounded; never its last image). The same indices on every machine, ascending."""
     held_out = np.zeros(len(labels), dtype=bool)
     order = permutation(len(labels), seed)
@@ -236,7 +237,7 @@ def stratified_split(
         members = order[labels[order] == label]
         held_out[members[: min(round(share * len(members)), len(members) - 1)]] = True
     if not held_out.any() and len(labels) > len(np.unique(labels)):
-        # Classes of fewer than five images each round to nothing; one image of the largest class is better than no test.
+        # Classes of fewer than five images round to nothing; one image of the largest class is better than no test.
         largest = np.bincount(labels).argmax()
         held_out[order[labels[order] == largest][0]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
@@ -255,7 +256,7 @@ def _check_labels(split: ImageDataset, classes: Sequence[str]) -> None:
 
 def _check_empty_classes(name: str, classes: Sequence[str], train: ImageDataset) -> None:
     counts = np.bincount(train.labels, minlength=len(classes))
-    empty = [classes[label] for label in np.flatnonzero(counts == 0)]
+    empty = [classes[label] for label in np.flatnonzero(counts == 0).tolist()]
     if empty:
         shown = ", ".join(map(repr, empty[:5])) + (", ..." if len(empty) > 5 else "")
         raise ValueError(f"{name}: {len(empty)} of {len(classes)} classes without a training image: {shown}")

@@ -2,12 +2,13 @@
 
     0001.jpg 0001.cls 0002.png 0002.cls ...
 
-The key of a member is its path up to the first dot of its file name; what follows is the kind. A sample has a picture and a label:
-`cls` (a class number or name) or `json` with an entry "label". Numbers get their names from a file `classes.txt` beside the
-shards, one name a line, where there is one. Format: github.com/webdataset/webdataset.
+The key of a member is its path up to the first dot of its file name; what follows is the kind. A sample has a picture
+and a label: `cls` (a class number or name) or `json` with an entry "label". Numbers get their names from a file
+`classes.txt` beside the shards, one name a line, where there is one. Format: github.com/webdataset/webdataset.
 
-The shards are indexed once at opening (member positions and labels), then read at random like any other source, so that the order
-of training does not depend on the shards. Compressed or remote shards cannot be read so, and are refused.
+The shards are indexed once at opening (member positions and labels), then read at random like any other source, so
+that the order of training does not depend on the shards. Compressed or remote shards cannot be read so, and are
+refused.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from coterie.data.source import DataSource, ImageDataset, assemble, split_of
 
 
 class Entry(NamedTuple):
-    """Where one sample lies: shard number, key, and position and size of the picture in the shard (size -1: no picture)."""
+    """Where a sample lies: shard number, key, position and size of its picture in the shard (size -1: no picture)."""
 
     shard: int
     key: str
@@ -71,7 +72,7 @@ def open_webdataset(pattern: str) -> DataSource:
     shards = find_shards(pattern)
     by_split: dict[str, list[str]] = {}
     for shard in shards:
-        words = re.split(r"[-_. \d]+", os.path.basename(shard)) + [os.path.basename(os.path.dirname(shard))]
+        words = [*re.split(r"[-_. \d]+", os.path.basename(shard)), os.path.basename(os.path.dirname(shard))]
         by_split.setdefault(next((split for word in words if (split := split_of(word))), "train"), []).append(shard)
     indexed = {split: _index(members) for split, members in by_split.items()}
     if "train" not in indexed:
@@ -159,9 +160,7 @@ def _label(kind: str, data: bytes, where: str, known: str | None) -> str | None:
     return None if label is None else str(label)
 
 
-def _entry(
-    number: int, shard: str, key: tuple[str, str], picture: tuple[int, int], label: str | None
-) -> Entry:
+def _entry(number: int, shard: str, key: tuple[str, str], picture: tuple[int, int], label: str | None) -> Entry:
     name = "/".join(filter(None, key))
     if label is None:
         raise ValueError(f"{shard}:{name}: no label; takes a member .cls, or .json with an entry 'label'")
