@@ -1,0 +1,22 @@
+"""Overlapping patch merging: a strided 3x3 convolution and a layer normalisation, before each stage of a pyramid (CSWin, DGT)."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from coterie.layers.layout import to_grid
+
+
+class ConvMerging(nn.Module):
+    """3x3 convolution with a stride, then LayerNorm over channels.
+
+    Shape: (batch, in_dim, H, W) -> token grid (batch, ceil(H / stride), ceil(W / stride), out_dim).
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, stride: int = 2, device=None, dtype=None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, out_dim, 3, stride, padding=1, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(out_dim, eps=1e-6, device=device, dtype=dtype)
+
+    def forward(self, x: Float[Tensor, "batch in_dim height width"]) -> Float[Tensor, "batch rows columns out_dim"]:
+        """Merge patches into tokens."""
+        return self.norm(to_grid(self.conv(x)))

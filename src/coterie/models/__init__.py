@@ -1,0 +1,6 @@
+"""The architectures. Importing this package registers the vision models with timm, so that `timm.create_model` builds them too."""
+
+from coterie.models._registry import create_model, list_models
+from coterie.models.dgt import DynamicGroupTransformer
+
+__all__ = ["DynamicGroupTransformer", "create_model", "list_models"]

@@ -1,0 +1,484 @@
+"""Dynamic Group Transformer (DGT): a convolutional pyramid whose queries form groups by content, each with its own top-k keys.
+
+Liu et al., "Dynamic Group Transformer: A General Vision Transformer Backbone with Dynamic Group Attention", IJCAI 2022,
+arXiv 2203.03937. No code of the authors is public, and not all of the paper's text: the networks here are a reconstruction
+that meets the parameters and FLOPs reported for all three sizes. docs/models/dgt.md says what is known and what is ours.
+
+    image (B, 3, H, W)
+      stem      3 x (3x3 convolution, GELU, BN), the first with stride 2           (B, C/2, H/2, W/2)
+      stage 1   3x3 convolution with stride 2, LN, then blocks                     (B, C, H/4, W/4)
+      stage 2   the same                                                           (B, 2C, H/8, W/8)
+      stage 3   the same                                                           (B, 4C, H/16, W/16)
+      stage 4   the same, with global attention                                    (B, 8C, H/32, W/32)
+      head      LN, 1x1 convolution to 1280, BN, SiLU, mean over positions, linear
+
+    block       x = x + DWConv(x);   x = x + Attention(LN(x));   x = x + IRFFN(LN(x))         tiny: pre-norm, dot product
+                x = x + DWConv(x);   x = x + LN(Attention(x));   x = x + LN(IRFFN(x))         small, base: post-norm, cosine
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype, register_notrace_function
+from timm.layers import register_notrace_module, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, named_apply
+from torch import Tensor, nn
+
+from coterie.attention import create_attention
+from coterie.layers import ConditionalPositionEncoding, ConvHead, ConvMerging, ConvStem, InvertedResidualFeedForward
+from coterie.layers.layout import to_grid, to_map
+from coterie.models._attention_plan import Options, plan_attention
+from coterie.models._registry import register_vision_model
+
+__all__ = ["DynamicGroupTransformer", "DynamicGroupTransformerBlock", "DynamicGroupTransformerStage"]
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+class DynamicGroupTransformerBlock(nn.Module):
+    """Position encoding, attention and feed-forward, each with its residual.
+
+    Args:
+        dim: channels of the tokens.
+        num_heads: attention heads.
+        attention: name of the attention, and `attention_options` for it; `block_index` is the block's place in its stage.
+        mlp_ratio: hidden over outer channels of the feed-forward.
+        post_norm: normalise what attention and feed-forward give instead of what they get (as Swin V2 does).
+        drop_path: share of samples for which a branch is left out in training.
+
+    Shape: token grid (batch, height, width, dim) -> the same.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        attention: str,
+        attention_options: Options,
+        block_index: int,
+        mlp_ratio: float,
+        post_norm: bool,
+        drop_path: float,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.post_norm = post_norm
+        self.position = ConditionalPositionEncoding(dim, **dd)
+        self.norm1 = LayerNorm(dim, **dd)
+        self.attn = create_attention(attention, dim, num_heads, block_index=block_index, **attention_options, **dd)
+        register_notrace_module(type(self.attn))  # torch.fx takes attention as one node: it looks at shapes and masks
+        self.norm2 = LayerNorm(dim, **dd)
+        self.mlp = InvertedResidualFeedForward(dim, int(dim * mlp_ratio), **dd)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "batch height width dim"]) -> Float[Tensor, "batch height width dim"]:
+        """Apply the block."""
+        x = self.position(x)
+        if self.post_norm:
+            x = x + self.drop_path(self.norm1(self.attn(x)))
+            return x + self.drop_path(self.norm2(self.mlp(x)))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class DynamicGroupTransformerStage(nn.Module):
+    """Patch merging and blocks.
+
+    Shape: feature map (batch, in_dim, H, W) -> (batch, dim, ceil(H / stride), ceil(W / stride)), channels-last.
+    """
+
+    def __init__(
+        self, in_dim: int, dim: int, num_heads: int, *, stride: int, drop_path: Sequence[float], device, dtype, **block: Any
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.grad_checkpointing = False
+        self.downsample = ConvMerging(in_dim, dim, stride=stride, **dd)
+        self.blocks = nn.Sequential(
+            *(
+                DynamicGroupTransformerBlock(dim, num_heads, block_index=index, drop_path=rate, **block, **dd)
+                for index, rate in enumerate(drop_path)
+            )
+        )
+
+    def forward(self, x: Float[Tensor, "batch in_dim height width"]) -> Float[Tensor, "batch dim rows columns"]:
+        """Apply the stage."""
+        x = self.downsample(x)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        return to_map(x)
+
+
+class DynamicGroupTransformer(nn.Module):
+    """A pyramid of Dynamic Group Transformer blocks, with timm's model interface.
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: classes; 0 for none.
+        global_pool: "avg", "max", "avgmax", "catavgmax" or "" (timm's poolings).
+        dims, depths, num_heads: channels, blocks and heads of each stage.
+        attention: name of the attention of all stages, or one name per stage (`coterie.attention.list_attention()`).
+        attention_options: options for it: one mapping, of which each stage takes what its attention knows, or one mapping per
+            stage. They go over the model's own, `attention_defaults` (attention name to one mapping per stage).
+        similarity: attention logits, "dot" or "cosine" (queries and keys of length one, learned temperature).
+        post_norm: LN after attention and feed-forward instead of before them.
+        mlp_ratio: hidden over outer channels of the feed-forward.
+        stem_stride: stride of the stem; each stage halves once more. 2 in the paper, 1 for small images.
+        head_hidden_size: channels of the 1x1 convolution in the head; 0 leaves it out.
+        pool_first: pool before that convolution (another reading of the paper: same parameters, less arithmetic).
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over all blocks.
+
+    Shape: image (batch, in_chans, height, width) of any size -> logits (batch, num_classes).
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        *,
+        dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (1, 2, 17, 2),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        attention: str | Sequence[str] = ("dynamic_group", "dynamic_group", "dynamic_group", "global"),
+        attention_options: Options | Sequence[Options] | None = None,
+        attention_defaults: Mapping[str, Sequence[Options]] | None = None,
+        similarity: str = "dot",
+        post_norm: bool = False,
+        mlp_ratio: float = 4.0,
+        stem_stride: int = 2,
+        head_hidden_size: int = 1280,
+        pool_first: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        _check_arguments(in_chans, num_classes, dims, depths, num_heads, stem_stride, drop_rate, drop_path_rate)
+        plan = plan_attention(attention, attention_options, attention_defaults or {}, len(dims))
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.drop_rate = drop_rate
+        self.feature_info: list[dict[str, Any]] = []
+
+        self.stem = ConvStem(in_chans, dims[0] // 2, stride=stem_stride, **dd)
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        for index, (dim, heads, (name, options)) in enumerate(zip(dims, num_heads, plan, strict=True)):
+            stage = DynamicGroupTransformerStage(
+                dims[index - 1] if index else dims[0] // 2,
+                dim,
+                heads,
+                stride=2,
+                drop_path=rates[index],
+                attention=name,
+                attention_options={"similarity": similarity, **options},
+                mlp_ratio=mlp_ratio,
+                post_norm=post_norm,
+                **dd,
+            )
+            stages.append(stage)
+            self.feature_info.append(
+                {"num_chs": dim, "reduction": stem_stride * 2 ** (index + 1), "module": f"stages.{index}"}
+            )
+        self.stages = nn.Sequential(*stages)
+        self.num_features = dims[-1]
+        self.norm = LayerNorm(self.num_features, **dd)
+        self.head = ConvHead(
+            self.num_features,
+            num_classes,
+            hidden_size=head_hidden_size,
+            pool_type=global_pool,
+            pool_first=pool_first,
+            drop_rate=drop_rate,
+            **dd,
+        )
+        self.head_hidden_size = self.head.num_features
+        named_apply(_init_weights, self)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay should spare, beyond vectors and biases."""
+        return {
+            f"{path}.{name}"
+            for path, module in self.named_modules()
+            if module is not self and hasattr(module, "no_weight_decay")
+            for name in module.no_weight_decay()
+        }
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that put parameters into layer groups (for layer-wise learning rates), by stage if `coarse`, else by block."""
+        fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer (Identity if there are no classes)."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """New classifier for `num_classes` (0: none); a new pooling if given; `reset_other` drops the head's convolution too."""
+        _check_count("num_classes", num_classes, least=0)
+        self.num_classes = num_classes
+        self.head.reset(
+            num_classes, global_pool, reset_other=reset_other, in_features=self.num_features, **get_device_dtype(self)
+        )
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+        self,
+        x: Float[Tensor, "batch in_chans height width"],
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The feature maps of the stages.
+
+        Args:
+            x: images.
+            indices: which stages: the last n if an int, all if None.
+            norm: apply the final norm to the last stage's map.
+            stop_early: do not run stages after the last wanted one.
+            output_fmt: "NCHW" or "NHWC", of the intermediates.
+            intermediates_only: return only the list.
+
+        Returns:
+            (final features NCHW, list of maps), or the list.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+        wanted = _stage_indices(indices, len(self.stages))
+        x = self.stem(_check_images(x, self.in_chans))
+        intermediates = []
+        last = len(self.stages) - 1
+        for index, stage in enumerate(self.stages[: max(wanted) + 1] if stop_early else self.stages):
+            x = stage(x)
+            if index in wanted:
+                out = self._final_norm(x) if norm and index == last else x
+                intermediates.append(out if output_fmt == "NCHW" else to_grid(out))
+        if intermediates_only:
+            return intermediates
+        return (self._final_norm(x) if index == last else x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last wanted one, and with them norm and head. Returns the indices kept."""
+        wanted = _stage_indices(indices, len(self.stages))
+        last_wanted = max(wanted)
+        shortened = last_wanted < len(self.stages) - 1
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        self.stages = self.stages[: last_wanted + 1]
+        if shortened:
+            self.num_features = self.feature_info[last_wanted]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "", reset_other=True)
+        return wanted
+
+    def forward_features(self, x: Float[Tensor, "batch in_chans height width"]) -> Float[Tensor, "batch dim rows columns"]:
+        """The last stage's feature map, normalised."""
+        return self._final_norm(self.stages(self.stem(_check_images(x, self.in_chans))))
+
+    def forward_head(
+        self, x: Float[Tensor, "batch dim rows columns"], pre_logits: bool = False
+    ) -> Float[Tensor, "batch *rest"]:
+        """Logits from `forward_features`; with `pre_logits` what the classifier would get."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Float[Tensor, "batch in_chans height width"]) -> Float[Tensor, "batch *rest"]:
+        """Logits."""
+        return self.forward_head(self.forward_features(x))
+
+    def _final_norm(self, x: Float[Tensor, "batch dim rows columns"]) -> Float[Tensor, "batch dim rows columns"]:
+        return to_map(self.norm(to_grid(x)))
+
+
+def _init_weights(module: nn.Module, name: str = "") -> None:
+    """As CMT: linear layers of attention and head from a narrow normal, convolutions (1x1 ones too) by Kaiming, biases 0."""
+    if isinstance(module, InvertedResidualFeedForward):  # its linear layers are the paper's 1x1 convolutions
+        for layer in (module.expand, module.project):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _stage_indices(indices: int | Sequence[int] | None, stages: int) -> list[int]:
+    """Which stages are meant: the last n if an int, all if None; negative ones count from the end."""
+    if indices is None:
+        return list(range(stages))
+    chosen = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
+    if not chosen or not all(-stages <= index < stages for index in chosen):
+        raise ValueError(f"indices must name stages 0 to {stages - 1}, or the last 1 to {stages} by an int, got {indices!r}")
+    return [index % stages for index in chosen]
+
+
+@register_notrace_function
+def _check_images(x: Tensor, in_chans: int) -> Tensor:
+    """`x`, if it is a batch of images with the channels that the model takes."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"images must be a torch.Tensor, got {type(x).__name__}")
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"images must have shape (batch, {in_chans}, height, width), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"images must be floating-point, got {x.dtype}")
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"images must have at least one pixel, got shape {tuple(x.shape)}")
+    return x
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_arguments(
+    in_chans: int,
+    num_classes: int,
+    dims: Sequence[int],
+    depths: Sequence[int],
+    num_heads: Sequence[int],
+    stem_stride: int,
+    drop_rate: float,
+    drop_path_rate: float,
+) -> None:
+    _check_count("in_chans", in_chans, least=1)
+    _check_count("num_classes", num_classes, least=0)
+    _check_count("stem_stride", stem_stride, least=1)
+    if not len(dims) == len(depths) == len(num_heads) or not dims:
+        raise ValueError(
+            "dims, depths and num_heads must have one entry per stage each, "
+            f"got {len(dims)}, {len(depths)} and {len(num_heads)} entries"
+        )
+    for name, values in (("dims", dims), ("depths", depths), ("num_heads", num_heads)):
+        for value in values:
+            _check_count(f"each of {name}", value, least=1)
+    if dims[0] % 2:
+        raise ValueError(f"dims[0] must be even, as the stem has half as many channels, got {dims[0]}")
+    for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {rate}")
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.0",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2203.03937",
+        "paper_name": "Dynamic Group Transformer: A General Vision Transformer Backbone with Dynamic Group Attention",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "dgt_tiny": _cfg(),
+        "dgt_small": _cfg(),
+        "dgt_base": _cfg(),
+        "dgt_nano": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
+        "dgt_pico": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    for unused in ("img_size", "dynamic_img_size"):  # every size works, nothing is built for one
+        kwargs.pop(unused, None)
+    kwargs.setdefault("attention_defaults", _PAPER)
+    feature_cfg = {"out_indices": tuple(range(len(kwargs["dims"]))), "flatten_sequential": True}
+    return build_model_with_cfg(DynamicGroupTransformer, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+# What the rival mechanisms are given in the paper's networks: stripe widths of CSWin; windows are 7 x 7 by themselves.
+_PAPER: dict[str, Sequence[Options]] = {
+    "cross_shaped_window": ({"stripe_width": 1}, {"stripe_width": 2}, {"stripe_width": 7}, {"stripe_width": 7}),
+}
+# For 32 x 32 images, whose grids have 16, 8, 4 and 2 tokens a side: about 32, 16, 16 and 4 keys for each query, whatever the mechanism.
+_SMALL_IMAGES: dict[str, Sequence[Options]] = {
+    "dynamic_group": (
+        {"groups": 16, "top_k": 32},
+        {"groups": 8, "top_k": 16},
+        {"groups": 4, "top_k": 16},
+        {"groups": 4, "top_k": 16},
+    ),
+    "shifted_window": ({"window_size": 6}, {"window_size": 4}, {"window_size": 4}, {"window_size": 4}),
+    "cross_shaped_window": ({"stripe_width": 2}, {"stripe_width": 2}, {"stripe_width": 4}, {"stripe_width": 4}),
+}
+
+
+@register_vision_model
+def dgt_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DGT-T: 24,094,952 parameters, 4.328 GMACs at 224 x 224."""
+    return _create("dgt_tiny", pretrained, **{"dims": (64, 128, 256, 512), "num_heads": (2, 4, 8, 16), **kwargs})
+
+
+@register_vision_model
+def dgt_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DGT-S: 51,766,515 parameters, 9.381 GMACs at 224 x 224; post-norm and cosine attention."""
+    args: dict[str, Any] = {"dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 24), "post_norm": True, "similarity": "cosine"}
+    return _create("dgt_small", pretrained, **{**args, **kwargs})
+
+
+@register_vision_model
+def dgt_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DGT-B: 90,282,060 parameters, 16.361 GMACs at 224 x 224; post-norm and cosine attention."""
+    args: dict[str, Any] = {"dims": (128, 256, 512, 1024), "num_heads": (4, 8, 16, 32), "post_norm": True, "similarity": "cosine"}
+    return _create("dgt_base", pretrained, **{**args, **kwargs})
+
+
+@register_vision_model
+def dgt_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Not in the paper: for images from 32 x 32 up, with grids of 16, 8, 4 and 2 tokens a side there."""
+    args: dict[str, Any] = {
+        "dims": (32, 64, 128, 192),
+        "depths": (2, 6, 2, 1),
+        "num_heads": (2, 4, 8, 12),
+        "stem_stride": 1,
+        "head_hidden_size": 256,
+        "attention_defaults": _SMALL_IMAGES,
+    }
+    return _create("dgt_nano", pretrained, **{**args, **kwargs})
+
+
+@register_vision_model
+def dgt_pico(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Not in the paper: the smallest, for demonstrations; grids as `dgt_nano`."""
+    args: dict[str, Any] = {
+        "dims": (32, 48, 64, 96),
+        "depths": (1, 2, 1, 1),
+        "num_heads": (2, 3, 4, 6),
+        "stem_stride": 1,
+        "head_hidden_size": 128,
+        "attention_defaults": _SMALL_IMAGES,
+    }
+    return _create("dgt_pico", pretrained, **{**args, **kwargs})
