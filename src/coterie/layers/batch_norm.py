@@ -1,9 +1,9 @@
 """Folding a batch normalisation that stands still into the linear layer beside it.
 
-In evaluation BN(x) = a x + b per channel, so BN before or after a linear layer only changes that layer's weight and bias. Both
-are computed anew at each call: this costs one pass over a weight instead of one over the activations, and can never be stale
-(an EMA update or a loaded checkpoint is seen at once); gradients flow as without folding. Forward hooks of a folded
-normalisation are not called.
+In evaluation BN(x) = a x + b per channel, so BN before or after a linear layer only changes that layer's weight and
+bias. Both are computed anew at each call: this costs one pass over a weight instead of one over the activations, and
+can never be stale (an EMA update or a loaded checkpoint is seen at once); gradients flow as without folding. Forward
+hooks of a folded normalisation are not called.
 """
 
 import torch

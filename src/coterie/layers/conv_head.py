@@ -1,4 +1,4 @@
-"""A classifier head with a 1x1 convolution before the pooling (MobileNetV3 and EfficientNet, CMT, DGT): conv -> BN -> SiLU -> pool -> linear."""
+"""A classifier head with a 1x1 convolution before the pooling, as in CMT: conv -> BN -> SiLU -> pool -> linear."""
 
 from jaxtyping import Float
 from timm.layers import SelectAdaptivePool2d
@@ -15,12 +15,12 @@ class ConvHead(nn.Module):
         num_classes: classes; 0 leaves the classifier out, so that the output are the pooled features.
         hidden_size: channels after the 1x1 convolution; 0 leaves convolution, BN and SiLU out.
         pool_type: timm's global pooling: "avg", "max", "avgmax", "catavgmax", or "" for none.
-        pool_first: pool before the 1x1 convolution instead of after it (same parameters, less arithmetic, another function).
+        pool_first: pool before the 1x1 convolution instead of after it (another function with the same parameters).
         drop_rate: dropout before the classifier.
 
     `num_features` is the number of features that the classifier sees.
 
-    Shape: (batch, in_features, height, width) -> (batch, num_classes), or (batch, num_classes, height, width) without pooling.
+    Shape: (batch, in_features, rows, columns) -> (batch, num_classes); without pooling (batch, num_classes, rows, columns).
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ConvHead(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "batch in_features height width"], pre_logits: bool = False
-    ) -> Float[Tensor, "batch *rest"]:
+    ) -> Float[Tensor, "batch ..."]:
         """Logits; with `pre_logits` what the classifier would get."""
         if self.pool_first:
             x = self.pre_logits(self.global_pool(x))

@@ -1,6 +1,6 @@
 """The inverted residual feed-forward (IRFFN) of CMT: a feed-forward network that also looks at each token's neighbours.
 
-Guo et al., "CMT: Convolutional Neural Networks Meet Vision Transformers", arXiv 2107.06263, in the order of the authors' code:
+Guo et al., "CMT: Convolutional Neural Networks Meet Vision Transformers", arXiv 2107.06263, as in the authors' code:
 
     x -> Linear -> GELU -> BN -> (identity + 3x3 depthwise convolution) -> GELU -> BN -> Linear -> BN
 """

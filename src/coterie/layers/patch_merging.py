@@ -1,4 +1,4 @@
-"""Overlapping patch merging: a strided 3x3 convolution and a layer normalisation, before each stage of a pyramid (CSWin, DGT)."""
+"""Overlapping patch merging, before each stage of a pyramid (CSWin, DGT): a strided 3x3 convolution and a LayerNorm."""
 
 from jaxtyping import Float
 from torch import Tensor, nn

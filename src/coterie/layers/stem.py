@@ -28,5 +28,5 @@ class ConvStem(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, x: Float[Tensor, "batch in_chans height width"]) -> Float[Tensor, "batch width rows columns"]:
-        """Apply the stem. The image is laid out channels-last first: it is the smallest tensor of all, and what follows stays so."""
+        """Apply the stem. Only the image, the smallest tensor, is copied to channels-last; the rest stays so."""
         return super().forward(x.contiguous(memory_format=torch.channels_last))

@@ -1,4 +1,4 @@
-"""The architectures. Importing this package registers the vision models with timm, so that `timm.create_model` builds them too."""
+"""The architectures. Importing this package registers the vision models with timm, for `timm.create_model`."""
 
 from coterie.models._registry import create_model, list_models
 from coterie.models.dgt import DynamicGroupTransformer

@@ -18,7 +18,7 @@ def plan_attention(
 
     Args:
         attention: one name for all stages, or one per stage.
-        options: one mapping, of which each stage takes what its attention knows; or one mapping per stage, taken as it is.
+        options: one mapping, of which each stage takes what its attention knows, or one mapping per stage.
         defaults: the model's own options: attention name to one mapping per stage; `options` go over them.
         stages: number of stages.
 
@@ -30,7 +30,9 @@ def plan_attention(
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"attention must be a name or one name per stage, got {attention!r}")
     if len(names) != stages:
-        raise ValueError(f"attention must be one name or {stages} names, one per stage, got {len(names)}: {attention!r}")
+        raise ValueError(
+            f"attention must be one name or {stages} names, one per stage, got {len(names)}: {attention!r}"
+        )
     for name in names:
         attention_class(name)  # refuses an unknown name, listing the known ones
     given = _per_stage(options, names)
@@ -55,6 +57,10 @@ def _per_stage(options: Options | Sequence[Options] | None, names: list[str]) ->
     known = [attention_options(name) for name in names]
     homeless = sorted(key for key in options if not any(key in one for one in known))
     if homeless:
-        takes = "; ".join(f"{name!r} takes {', '.join(sorted(attention_options(name)))}" for name in dict.fromkeys(names))
-        raise ValueError(f"attention_options {', '.join(map(repr, homeless))}: no stage's attention has that option: {takes}")
+        takes = "; ".join(
+            f"{name!r} takes {', '.join(sorted(attention_options(name)))}" for name in dict.fromkeys(names)
+        )
+        raise ValueError(
+            f"attention_options {', '.join(map(repr, homeless))}: no stage's attention has that option: {takes}"
+        )
     return [{key: value for key, value in options.items() if key in one} for one in known]

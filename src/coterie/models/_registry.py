@@ -1,4 +1,4 @@
-"""The names of this library's vision models. Registering here registers with timm too, so that timm.create_model knows them."""
+"""The names of this library's vision models. Registering here registers with timm too."""
 
 import difflib
 from collections.abc import Callable
@@ -28,8 +28,8 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: the model's name.
-        **kwargs: as timm.create_model takes them: `num_classes`, `in_chans`, `features_only`, `drop_path_rate`, ..., and
-            whatever the model's class takes.
+        **kwargs: as timm.create_model takes them (`num_classes`, `in_chans`, `features_only`, `drop_path_rate`, ...),
+            and whatever the model's class takes.
 
     Raises:
         TypeError: `name` is no str, or an argument is one that the model does not take.
@@ -39,6 +39,6 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         raise TypeError(f"name must be a str, got {type(name).__name__}")
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, [*_NAMES, *timm.list_models()], n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"coterie has {', '.join(list_models())}, and timm its own"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"coterie has {', '.join(list_models())}"
         raise ValueError(f"no model is named {name!r}: {hint}")
     return timm.create_model(name, **kwargs)

@@ -1,8 +1,8 @@
-"""Dynamic Group Transformer (DGT): a convolutional pyramid whose queries form groups by content, each with its own top-k keys.
+"""Dynamic Group Transformer (DGT): a pyramid whose queries form groups by content, each with its own top-k keys.
 
-Liu et al., "Dynamic Group Transformer: A General Vision Transformer Backbone with Dynamic Group Attention", IJCAI 2022,
-arXiv 2203.03937. No code of the authors is public, and not all of the paper's text: the networks here are a reconstruction
-that meets the parameters and FLOPs reported for all three sizes. docs/models/dgt.md says what is known and what is ours.
+"Dynamic Group Transformer: A General Vision Transformer Backbone with Dynamic Group Attention", IJCAI 2022, arXiv
+2203.03937. No code of the authors is public, and not all of the paper's text: the networks here are a reconstruction that
+meets the parameters and FLOPs remembered of all three sizes. docs/models/dgt.md says what is known and what is ours.
 
     image (B, 3, H, W)
       stem      3 x (3x3 convolution, GELU, BN), the first with stride 2           (B, C/2, H/2, W/2)
@@ -12,8 +12,8 @@ that meets the parameters and FLOPs reported for all three sizes. docs/models/dg
       stage 4   the same, with global attention                                    (B, 8C, H/32, W/32)
       head      LN, 1x1 convolution to 1280, BN, SiLU, mean over positions, linear
 
-    block       x = x + DWConv(x);   x = x + Attention(LN(x));   x = x + IRFFN(LN(x))         tiny: pre-norm, dot product
-                x = x + DWConv(x);   x = x + LN(Attention(x));   x = x + LN(IRFFN(x))         small, base: post-norm, cosine
+    block       x = x + DWConv(x);  x = x + Attention(LN(x));  x = x + IRFFN(LN(x))     tiny: pre-norm, dot product
+                x = x + DWConv(x);  x = x + LN(Attention(x));  x = x + LN(IRFFN(x))     small, base: post-norm, cosine
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype, register_notrace_function
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype, register_notrace_module, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, named_apply
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from coterie.attention import create_attention
 from coterie.layers import ConditionalPositionEncoding, ConvHead, ConvMerging, ConvStem, InvertedResidualFeedForward
 from coterie.layers.layout import to_grid, to_map
 from coterie.models._attention_plan import Options, plan_attention
+from coterie.models._checks import check_count, check_images, check_pyramid, stage_indices
 from coterie.models._registry import register_vision_model
 
 __all__ = ["DynamicGroupTransformer", "DynamicGroupTransformerBlock", "DynamicGroupTransformerStage"]
@@ -45,7 +45,8 @@ class DynamicGroupTransformerBlock(nn.Module):
     Args:
         dim: channels of the tokens.
         num_heads: attention heads.
-        attention: name of the attention, and `attention_options` for it; `block_index` is the block's place in its stage.
+        attention: name of the attention, and `attention_options` for it.
+        block_index: the block's place in its stage.
         mlp_ratio: hidden over outer channels of the feed-forward.
         post_norm: normalise what attention and feed-forward give instead of what they get (as Swin V2 does).
         drop_path: share of samples for which a branch is left out in training.
@@ -95,7 +96,16 @@ class DynamicGroupTransformerStage(nn.Module):
     """
 
     def __init__(
-        self, in_dim: int, dim: int, num_heads: int, *, stride: int, drop_path: Sequence[float], device, dtype, **block: Any
+        self,
+        in_dim: int,
+        dim: int,
+        num_heads: int,
+        *,
+        stride: int,
+        drop_path: Sequence[float],
+        device=None,
+        dtype=None,
+        **block: Any,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
@@ -124,8 +134,8 @@ class DynamicGroupTransformer(nn.Module):
         global_pool: "avg", "max", "avgmax", "catavgmax" or "" (timm's poolings).
         dims, depths, num_heads: channels, blocks and heads of each stage.
         attention: name of the attention of all stages, or one name per stage (`coterie.attention.list_attention()`).
-        attention_options: options for it: one mapping, of which each stage takes what its attention knows, or one mapping per
-            stage. They go over the model's own, `attention_defaults` (attention name to one mapping per stage).
+        attention_options: options for it: one mapping, of which each stage takes what its attention knows, or one mapping
+            per stage. They go over the model's own, `attention_defaults` (attention name to one mapping per stage).
         similarity: attention logits, "dot" or "cosine" (queries and keys of length one, learned temperature).
         post_norm: LN after attention and feed-forward instead of before them.
         mlp_ratio: hidden over outer channels of the feed-forward.
@@ -163,7 +173,7 @@ class DynamicGroupTransformer(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        _check_arguments(in_chans, num_classes, dims, depths, num_heads, stem_stride, drop_rate, drop_path_rate)
+        check_pyramid(in_chans, num_classes, dims, depths, num_heads, stem_stride, drop_rate, drop_path_rate)
         plan = plan_attention(attention, attention_options, attention_defaults or {}, len(dims))
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -215,7 +225,7 @@ class DynamicGroupTransformer(nn.Module):
         }
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that put parameters into layer groups (for layer-wise learning rates), by stage if `coarse`, else by block."""
+        """Patterns that put parameters into layer groups: by stage if `coarse`, else by block."""
         fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
 
@@ -229,8 +239,8 @@ class DynamicGroupTransformer(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
-        """New classifier for `num_classes` (0: none); a new pooling if given; `reset_other` drops the head's convolution too."""
-        _check_count("num_classes", num_classes, least=0)
+        """A new classifier (none for 0 classes), and pooling if given; `reset_other` drops the head's convolution too."""
+        check_count("num_classes", num_classes, least=0)
         self.num_classes = num_classes
         self.head.reset(
             num_classes, global_pool, reset_other=reset_other, in_features=self.num_features, **get_device_dtype(self)
@@ -261,8 +271,8 @@ class DynamicGroupTransformer(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        wanted = _stage_indices(indices, len(self.stages))
-        x = self.stem(_check_images(x, self.in_chans))
+        wanted = stage_indices(indices, len(self.stages))
+        x = self.stem(check_images(x, self.in_chans))
         intermediates = []
         last = len(self.stages) - 1
         for index, stage in enumerate(self.stages[: max(wanted) + 1] if stop_early else self.stages):
@@ -278,7 +288,7 @@ class DynamicGroupTransformer(nn.Module):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages after the last wanted one, and with them norm and head. Returns the indices kept."""
-        wanted = _stage_indices(indices, len(self.stages))
+        wanted = stage_indices(indices, len(self.stages))
         last_wanted = max(wanted)
         shortened = last_wanted < len(self.stages) - 1
         if prune_norm or shortened:
@@ -290,17 +300,19 @@ class DynamicGroupTransformer(nn.Module):
             self.reset_classifier(0, "", reset_other=True)
         return wanted
 
-    def forward_features(self, x: Float[Tensor, "batch in_chans height width"]) -> Float[Tensor, "batch dim rows columns"]:
+    def forward_features(
+        self, x: Float[Tensor, "batch in_chans height width"]
+    ) -> Float[Tensor, "batch dim rows columns"]:
         """The last stage's feature map, normalised."""
-        return self._final_norm(self.stages(self.stem(_check_images(x, self.in_chans))))
+        return self._final_norm(self.stages(self.stem(check_images(x, self.in_chans))))
 
     def forward_head(
         self, x: Float[Tensor, "batch dim rows columns"], pre_logits: bool = False
-    ) -> Float[Tensor, "batch *rest"]:
+    ) -> Float[Tensor, "batch ..."]:
         """Logits from `forward_features`; with `pre_logits` what the classifier would get."""
         return self.head(x, pre_logits=pre_logits)
 
-    def forward(self, x: Float[Tensor, "batch in_chans height width"]) -> Float[Tensor, "batch *rest"]:
+    def forward(self, x: Float[Tensor, "batch in_chans height width"]) -> Float[Tensor, "batch ..."]:
         """Logits."""
         return self.forward_head(self.forward_features(x))
 
@@ -309,7 +321,7 @@ class DynamicGroupTransformer(nn.Module):
 
 
 def _init_weights(module: nn.Module, name: str = "") -> None:
-    """As CMT: linear layers of attention and head from a narrow normal, convolutions (1x1 ones too) by Kaiming, biases 0."""
+    """As CMT: linear layers of attention and head from a narrow normal, convolutions by Kaiming, biases 0."""
     if isinstance(module, InvertedResidualFeedForward):  # its linear layers are the paper's 1x1 convolutions
         for layer in (module.expand, module.project):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out")
@@ -320,65 +332,6 @@ def _init_weights(module: nn.Module, name: str = "") -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def _stage_indices(indices: int | Sequence[int] | None, stages: int) -> list[int]:
-    """Which stages are meant: the last n if an int, all if None; negative ones count from the end."""
-    if indices is None:
-        return list(range(stages))
-    chosen = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
-    if not chosen or not all(-stages <= index < stages for index in chosen):
-        raise ValueError(f"indices must name stages 0 to {stages - 1}, or the last 1 to {stages} by an int, got {indices!r}")
-    return [index % stages for index in chosen]
-
-
-@register_notrace_function
-def _check_images(x: Tensor, in_chans: int) -> Tensor:
-    """`x`, if it is a batch of images with the channels that the model takes."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"images must be a torch.Tensor, got {type(x).__name__}")
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"images must have shape (batch, {in_chans}, height, width), got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"images must be floating-point, got {x.dtype}")
-    if x.shape[2] == 0 or x.shape[3] == 0:
-        raise ValueError(f"images must have at least one pixel, got shape {tuple(x.shape)}")
-    return x
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def _check_arguments(
-    in_chans: int,
-    num_classes: int,
-    dims: Sequence[int],
-    depths: Sequence[int],
-    num_heads: Sequence[int],
-    stem_stride: int,
-    drop_rate: float,
-    drop_path_rate: float,
-) -> None:
-    _check_count("in_chans", in_chans, least=1)
-    _check_count("num_classes", num_classes, least=0)
-    _check_count("stem_stride", stem_stride, least=1)
-    if not len(dims) == len(depths) == len(num_heads) or not dims:
-        raise ValueError(
-            "dims, depths and num_heads must have one entry per stage each, "
-            f"got {len(dims)}, {len(depths)} and {len(num_heads)} entries"
-        )
-    for name, values in (("dims", dims), ("depths", depths), ("num_heads", num_heads)):
-        for value in values:
-            _check_count(f"each of {name}", value, least=1)
-    if dims[0] % 2:
-        raise ValueError(f"dims[0] must be even, as the stem has half as many channels, got {dims[0]}")
-    for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
-        if not 0 <= rate < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1, got {rate}")
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -423,7 +376,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 _PAPER: dict[str, Sequence[Options]] = {
     "cross_shaped_window": ({"stripe_width": 1}, {"stripe_width": 2}, {"stripe_width": 7}, {"stripe_width": 7}),
 }
-# For 32 x 32 images, whose grids have 16, 8, 4 and 2 tokens a side: about 32, 16, 16 and 4 keys for each query, whatever the mechanism.
+# For 32 x 32 images, whose grids have 16, 8, 4 and 2 tokens a side: each query sees about 32, 16, 16 and 4 keys.
 _SMALL_IMAGES: dict[str, Sequence[Options]] = {
     "dynamic_group": (
         {"groups": 16, "top_k": 32},
@@ -436,6 +389,9 @@ _SMALL_IMAGES: dict[str, Sequence[Options]] = {
 }
 
 
+_STABLE: dict[str, Any] = {"post_norm": True, "similarity": "cosine"}
+
+
 @register_vision_model
 def dgt_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DGT-T: 24,094,952 parameters, 4.328 GMACs at 224 x 224."""
@@ -445,14 +401,14 @@ def dgt_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_vision_model
 def dgt_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DGT-S: 51,766,515 parameters, 9.381 GMACs at 224 x 224; post-norm and cosine attention."""
-    args: dict[str, Any] = {"dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 24), "post_norm": True, "similarity": "cosine"}
+    args = {"dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 24), **_STABLE}
     return _create("dgt_small", pretrained, **{**args, **kwargs})
 
 
 @register_vision_model
 def dgt_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DGT-B: 90,282,060 parameters, 16.361 GMACs at 224 x 224; post-norm and cosine attention."""
-    args: dict[str, Any] = {"dims": (128, 256, 512, 1024), "num_heads": (4, 8, 16, 32), "post_norm": True, "similarity": "cosine"}
+    args = {"dims": (128, 256, 512, 1024), "num_heads": (4, 8, 16, 32), **_STABLE}
     return _create("dgt_base", pretrained, **{**args, **kwargs})
 
 
