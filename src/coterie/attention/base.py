@@ -15,7 +15,7 @@ attention, never NaN.
 import inspect
 import math
 from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -305,7 +305,7 @@ def attention_options(name: str) -> dict[str, inspect.Parameter]:
     return options
 
 
-def create_attention(name: str, dim: int, num_heads: int, *, block_index: int = 0, **options: object) -> GridAttention:
+def create_attention(name: str, dim: int, num_heads: int, *, block_index: int = 0, **options: Any) -> GridAttention:
     """Build a mechanism by name.
 
     Args:

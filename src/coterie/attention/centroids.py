@@ -29,8 +29,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 _NEVER_TOLD = (
-    "the centroids of dynamic groups move with the learning rate, but training goes on and nobody told them what it "
-    "is: they move by their default_tau. Call coterie.follow_learning_rate(model, optimizer) once before the training loop."
+    "centroids of dynamic groups move with the learning rate, but training goes on and nobody told them what it is, so "
+    "they move by their default_tau. Call coterie.follow_learning_rate(model, optimizer) once before the training loop."
 )
 _warned = False
 
@@ -93,7 +93,7 @@ def moved(
 
 
 class MovingCentroids(nn.Module):
-    """What a module with centroids inherits: a buffer `centroids` (heads, groups, head_dim) of unit rows, and its moves.
+    """What a module with centroids inherits: a buffer `centroids` (heads, groups, head_dim) of unit rows, which moves.
 
     The module has `num_heads`, `head_dim`, a projection `qkv` (whose learning rate the centroids follow), and calls
     `settle_centroids()` at the start and `observe_queries(...)` in every training forward. Centroids are float32, or
@@ -104,7 +104,7 @@ class MovingCentroids(nn.Module):
     centroids: Tensor
     num_heads: int
     head_dim: int
-    qkv: nn.Module
+    qkv: nn.Linear
 
     def init_centroids(
         self,
@@ -262,8 +262,8 @@ def follow_learning_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     modules = [m for m in found if _rate_of(m, rates) is not None or _frozen(m)]
     if not modules:
         raise ValueError(
-            "optimizer must be the one that trains the model: its parameter groups hold the qkv projection of none of the "
-            f"model's {len(found)} modules with centroids"
+            "optimizer must be the one that trains the model: its parameter groups hold the qkv projection of none of "
+            f"the model's {len(found)} modules with centroids"
         )
     return CentroidFollower(modules, optimizer)
 

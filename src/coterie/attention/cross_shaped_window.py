@@ -7,7 +7,7 @@ a backbone has the same parameters with any mechanism; with an odd number of hea
 a single head alternates with `block_index`.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -43,9 +43,9 @@ class CrossShapedWindowAttention(GridAttention):
         lepe: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options: object,
+        **options: Any,
     ) -> None:
-        super().__init__(dim, num_heads, device=device, dtype=dtype, **options)  # type: ignore[arg-type]
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **options)
         check_int("stripe_width", stripe_width)
         check_int("block_index", block_index, 0)
         self.stripe_width = stripe_width

@@ -14,7 +14,7 @@ logits are dot products or cosines, and how fast the centroids move: each is an 
 reading. There is no authors' code.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -65,7 +65,7 @@ class DynamicGroupAttention(MovingCentroids, GridAttention):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options: object,
+        **options: Any,
     ) -> None:
         super().__init__(dim, num_heads, device=device, dtype=dtype, **options)
         check_int("groups", groups)
@@ -159,6 +159,7 @@ class DynamicGroupAttention(MovingCentroids, GridAttention):
         if len(grid) != 1 or key_grid is not None or grid[0] <= self.global_tokens:
             raise ValueError(
                 f"x must have a 1-dimensional grid of more than global_tokens={self.global_tokens} tokens, "
-                f"and context be None, got grid {grid} and {'no context' if key_grid is None else f'a context of grid {key_grid}'}"
+                f"and context be None, "
+                f"got grid {grid} and {'no context' if key_grid is None else f'a context of grid {key_grid}'}"
             )
         return self.global_tokens

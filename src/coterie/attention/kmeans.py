@@ -5,6 +5,7 @@ learning rate): random directions leave many groups empty for thousands of steps
 and Vassilvitskii, 2007).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -104,21 +105,20 @@ def initialize_centroids(
         reached.append(names[module])
 
     modes = {module: module.training for module in model.modules()}
-    fresh = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and _unused(m)]
-    momenta = [m.momentum for m in fresh]
+    fresh = [(norm, norm.momentum, count) for norm, count in _batch_norms(model) if int(count) == 0]
     hooks = [module.register_forward_pre_hook(cluster, with_kwargs=True) for module in names]
     try:
         model.eval()
-        for norm in fresh:
+        for norm, _, _ in fresh:
             norm.train()
             norm.momentum = 0.0
         model(*inputs, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-        for norm, momentum in zip(fresh, momenta):
+        for norm, momentum, count in fresh:
             norm.momentum = momentum
-            norm.num_batches_tracked.zero_()
+            count.zero_()
         for module, training in modes.items():
             module.training = training
     if not reached:
@@ -133,5 +133,8 @@ def _ordinary(module: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
     return (keep if mask is None else keep & mask.flatten(1)).flatten()
 
 
-def _unused(norm: nn.Module) -> bool:
-    return norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0
+def _batch_norms(model: nn.Module) -> Iterator[tuple[nn.modules.batchnorm._BatchNorm, Tensor]]:
+    """Batch norms with running statistics, and how many batches each has seen."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
+            yield module, module.num_batches_tracked

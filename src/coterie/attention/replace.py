@@ -80,9 +80,7 @@ def _is_attention(path: str, module: nn.Module) -> bool:
     return bool(path) and named and not isinstance(module, (nn.Identity, nn.Dropout, nn.Sequential, nn.ModuleList))
 
 
-def _refusal(
-    module: nn.Module, mechanism: type[GridAttention], name: str, timm_attention: type[nn.Module]
-) -> str | None:
+def _refusal(module: Any, mechanism: type[GridAttention], name: str, timm_attention: type[nn.Module]) -> str | None:
     """One sentence why a module cannot be swapped, or None."""
     kind = type(module).__name__
     if isinstance(module, GridAttention):
@@ -94,18 +92,17 @@ def _refusal(
     if 1 not in mechanism.grid_dims or "bidirectional self" not in mechanism.patterns:
         dims = " or ".join(map(str, sorted(mechanism.grid_dims)))
         return f"{name!r} works on {dims}-dimensional grids, and this block hands over a sequence"
-    qkv, proj = module.qkv, module.proj
-    if qkv.in_features != module.attn_dim or proj.out_features != qkv.in_features:
-        widths = f"{qkv.in_features} channels in, {module.attn_dim} in its heads, {proj.out_features} out"
+    attention: Any = module
+    qkv, proj = attention.qkv, attention.proj
+    if qkv.in_features != attention.attn_dim or proj.out_features != qkv.in_features:
+        widths = f"{qkv.in_features} channels in, {attention.attn_dim} in its heads, {proj.out_features} out"
         return f"it has {widths}, and these must be equal here"
-    if getattr(module, "gate", None) is not None:
+    if getattr(attention, "gate", None) is not None:
         return "it gates its output, which has no counterpart here"
-    if not isinstance(getattr(module, "norm", None) or nn.Identity(), nn.Identity):
+    if not isinstance(getattr(attention, "norm", None) or nn.Identity(), nn.Identity):
         return "it normalises its output before the projection, which has no counterpart here"
-    if module.attn_drop.p > 0:
-        return (
-            f"it drops attention weights, which has no counterpart here: set attn_drop.p from {module.attn_drop.p} to 0"
-        )
+    if attention.attn_drop.p > 0:
+        return f"it drops attention weights (attn_drop.p={attention.attn_drop.p}), not done here: set it to 0 first"
     return None
 
 

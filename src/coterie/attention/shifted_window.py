@@ -6,7 +6,7 @@ position bias is an option, off by default, so that a backbone has the same para
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -44,9 +44,9 @@ class ShiftedWindowAttention(GridAttention):
         relative_position_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options: object,
+        **options: Any,
     ) -> None:
-        super().__init__(dim, num_heads, device=device, dtype=dtype, **options)  # type: ignore[arg-type]
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **options)
         self.window_size = _sizes("window_size", window_size, 1)
         if shift_size is None:
             self.shift_size = tuple(w // 2 for w in self.window_size)
