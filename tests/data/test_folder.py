@@ -34,7 +34,9 @@ def test_any_other_split_serves_as_test(image_folder, name):
 
 
 def test_validation_stays_apart_where_there_is_a_test_split_too(image_folder):
-    source = open_data(image_folder({f"{split}/{name}": 2 for split in ("train", "val", "test") for name in ("ab", "cd")}))
+    source = open_data(
+        image_folder({f"{split}/{name}": 2 for split in ("train", "val", "test") for name in ("ab", "cd")})
+    )
     assert list(source.splits) == ["train", "validation", "test"]
     with pytest.raises(ValueError, match="both 'val' and 'valid' name the validation split"):
         open_data(image_folder({f"{s}/{c}": 1 for s in ("train", "val", "valid") for c in ("ab", "cd")}, "twice"))
@@ -154,5 +156,7 @@ def test_a_set_of_unreadable_pictures_is_refused_before_training(image_folder):
     root = image_folder({"cat": 3, "dog": 3})
     for file in root.rglob("*.png"):
         file.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"none of the training images looked at can be read, the first: .*\.png: not a pic"):
+    with pytest.raises(
+        ValueError, match=r"none of the training images looked at can be read, the first: .*\.png: not a pic"
+    ):
         open_data(root)

@@ -106,6 +106,7 @@ def test_a_truncated_picture_is_a_bad_sample(encoded, kind, share):
     assert 0 < len(caught.value.reason) <= 200
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_random_damage_raises_nothing_but_bad_sample(encoded, kind):
     data = np.frombuffer(encoded(kind, size=(32, 32)), np.uint8)

@@ -96,11 +96,11 @@ class _Batcher(Dataset[_Delivery]):
                 used, image = found
                 seed_everything(seed)
                 rows.append((self.transform(image), int(self.dataset.labels[used]), used))
-        if order.train and any(image is None for image, _, _ in rows):
-            return _Delivery(None, list(bad.items()))  # too many bad ones; the loader stops when it hears of them
-        if not self.equal_rows:
-            rows = [row for row in rows if row[0] is not None]
-        return _Delivery(self._collate(rows), list(bad.items()))
+            if order.train and any(image is None for image, _, _ in rows):
+                return _Delivery(None, list(bad.items()))  # too many bad ones; the loader stops when it hears of them
+            if not self.equal_rows:
+                rows = [row for row in rows if row[0] is not None]
+            return _Delivery(self._collate(rows), list(bad.items()))
 
     def _find(self, index: int, replace: bool, bad: dict[str, str]) -> tuple[int, Image.Image] | None:
         """The picture of `index`, or of the next good one after it. Adds those that cannot be read to `bad`."""
@@ -122,10 +122,13 @@ class _Batcher(Dataset[_Delivery]):
     def _collate(self, rows: list[tuple[Tensor | None, int, int]]) -> Batch | None:
         if not rows:
             return None
-        blank = next((image for image, _, _ in rows if image is not None), None)
-        if blank is None:  # a slice of padding only still has the shape of its neighbours
-            blank = self.transform(Image.new("L" if self.dataset.channels == 1 else "RGB", (32, 32)))
-        blank = torch.zeros_like(blank)
+        images = [image for image, _, _ in rows if image is not None]
+        if not images:  # a slice of nothing but padding still has the shape of its neighbours
+            found = self._find(0, True, {})
+            if found is None:
+                return None
+            images = [self.transform(found[1])]
+        blank = torch.zeros_like(images[0])
         return {
             "image": torch.stack([blank if image is None else image for image, _, _ in rows]),
             "label": torch.tensor([label for _, label, _ in rows], dtype=torch.int64),
@@ -157,7 +160,7 @@ class Loader:
         rank, world_size: which slice of each global batch this process gets.
         workers: processes that prepare batches; 0 prepares them in this one. They live until `close`.
         cache: keep decoded pictures in memory; "auto" when they fit in 1 GiB over all ranks.
-        max_bad_share: share of the dataset's pictures that may be bad; one always may, unless this is 0.
+        max_bad_share: share of the dataset's pictures that may be bad; one always may (unless this is 0), never all.
         pin_memory: put batches in page-locked memory, for a faster way to a GPU.
 
     Attributes:
@@ -265,7 +268,7 @@ class Loader:
         deliveries = self._from_workers(batcher, orders) if self.workers else map(batcher.__getitem__, orders)
         for order, delivery in zip(orders, deliveries, strict=True):
             self._met[[index for index in order.indices if index != PADDING]] = True
-            self._note(delivery.bad)
+            self._note(delivery.bad, hopeless=order.train and delivery.batch is None)
             if delivery.batch is None:
                 continue
             if self.pin_memory and not self.workers:
@@ -325,9 +328,13 @@ class Loader:
             yield next(iterator)
 
     def _allowed(self, count: int) -> int:
-        return max(int(self.max_bad_share * count), 1) if self.max_bad_share else 0
+        if self.max_bad_share == 0:
+            return 0
+        # One may always be bad, and one has to be good.
+        return min(max(math.floor(self.max_bad_share * count + 1e-9), 1), count - 1)
 
-    def _note(self, bad: list[tuple[str, str]]) -> None:
+    def _note(self, bad: list[tuple[str, str]], hopeless: bool = False) -> None:
+        """Report and count bad samples; raise when they are too many, or a worker found no good one (`hopeless`)."""
         for name, reason in bad:
             if name in self.bad:
                 continue
@@ -338,7 +345,7 @@ class Loader:
                 logger.warning("more images are bad; from now on they are only counted")
         # A rank without a cache meets only its slices at first, so its share is taken of those.
         count = max(int(self._met.sum()), len(self.dataset) // self.world_size)
-        if len(self.bad) > self._allowed(count):
+        if len(self.bad) > self._allowed(count) or hopeless:
             shown = "; ".join(f"{name}: {reason}" for name, reason in itertools.islice(self.bad.items(), 3))
             raise TooManyBadSamples(
                 f"{len(self.bad)} of {count} images cannot be read, more than the share of "

@@ -64,7 +64,7 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
     kind, colon, place = spec.partition(":")
     if not colon or kind not in ("folder", "parquet", "hf", "webdataset"):
         path = Path(spec).expanduser()
-        if path.is_dir():
+        if spec and path.is_dir():
             return _guess(path), spec, {}
         if path.suffix == ".parquet" and path.is_file():
             return "parquet", spec, {}

@@ -123,6 +123,8 @@ def from_tables(
     label: str | None = None,
 ) -> DataSource:
     """Make a DataSource of one Arrow table per split (see ArrowImages for `origins` and `folder`)."""
+    if "train" not in tables:
+        raise ValueError(f"{name}: no training images, only the split {', '.join(tables)}")
     classes: list[str] = []
     datasets: dict[str, ImageDataset] = {}
     for split in sorted(tables, key=lambda split: split != "train"):
@@ -156,30 +158,27 @@ def choose_columns(where: str, schema: pyarrow.Schema, image: str | None, label:
 
     images = [field.name for field in schema if is_image(field)]
     labels = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
-    return (
-        _choose(where, "image", image, images, ("image", "img"), schema.names),
-        _choose(
-            where, "label", label, labels, ("label", "labels"), [name for name in schema.names if name not in images]
-        ),
-    )
+    if not labels:
+        labels = [name for name in schema.names if name in _USUAL["label"] and name not in images]
+    return _choose(where, "image", image, images, schema), _choose(where, "label", label, labels, schema)
 
 
-def _choose(
-    where: str, kind: str, asked: str | None, candidates: Sequence[str], usual: Sequence[str], names: Sequence[str]
-) -> str:
+_USUAL = {"image": ("image", "img"), "label": ("label", "labels")}
+
+
+def _choose(where: str, kind: str, asked: str | None, candidates: Sequence[str], schema: pyarrow.Schema) -> str:
+    columns = ", ".join(schema.names)
     if asked is not None:
-        if asked not in names:
-            raise ValueError(f"{where}: no {kind} column {asked!r}; the columns are {', '.join(names)}")
+        if asked not in schema.names:
+            raise ValueError(f"{where}: no {kind} column {asked!r}; the columns are {columns}")
         return asked
-    for name in usual:
-        if name in (candidates or (names if kind == "label" else ())):
+    for name in _USUAL[kind]:
+        if name in candidates:
             return name
     if len(candidates) == 1:
         return candidates[0]
     found = f"several {kind} columns ({', '.join(candidates)})" if candidates else f"no {kind} column found"
-    raise ValueError(
-        f"{where}: {found}; the columns are {', '.join(names)}: name one by adding ?{kind}=COLUMN to the path"
-    )
+    raise ValueError(f"{where}: {found}; the columns are {columns}: name one by adding ?{kind}=COLUMN to the path")
 
 
 def _by_split(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:

@@ -27,6 +27,8 @@ import numpy as np
 from coterie.data.images import EXTENSIONS, BadSample, printable
 from coterie.data.source import DataSource, ImageDataset, assemble, split_of
 
+_LABEL_KINDS = ("cls", "json")
+
 
 class Entry(NamedTuple):
     """Where a sample lies: shard number, key, position and size of its picture in the shard (size -1: no picture)."""
@@ -127,25 +129,28 @@ def _index_shard(number: int, shard: str) -> Iterator[Entry]:
             for member in tar:
                 if not member.isfile():
                     continue
-                if member.offset_data + member.size > length:
-                    raise tarfile.ReadError("unexpected end of data")
                 folder, _, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                if not stem:
-                    continue  # hidden files, as some archivers add
+                stem, dot, kind = name.partition(".")
                 kind = kind.lower()
+                is_picture = f".{kind}" in EXTENSIONS
+                if not stem or not dot or not (is_picture or kind in _LABEL_KINDS):
+                    continue  # hidden files, as some archivers add, and what else a sample may hold
                 if (folder, stem) != key:
                     if key is not None:
                         yield _entry(number, shown, key, picture, label)
                     key, picture, label = (folder, stem), (0, -1), None
-                if f".{kind}" in EXTENSIONS:
+                if is_picture:
                     picture = member.offset_data, member.size
-                elif kind in ("cls", "json"):
-                    file = tar.extractfile(member)
-                    label = _label(kind, file.read() if file else b"", f"{shown}:{member.name}", label)
+                else:
+                    content = tar.extractfile(member)
+                    label = _label(kind, content.read() if content else b"", f"{shown}:{member.name}", label)
+            # tarfile takes anything but a header for the end; the real one is a block of zeros.
+            with open(shard, "rb") as file:
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"no header and no end at byte {tar.offset} of {length}")
     except tarfile.ReadError as error:
-        reason = "cut off" if "end of data" in str(error) else "not an uncompressed tar file"
-        raise ValueError(f"{shown}: {reason} ({error})") from error
+        raise ValueError(f"{shown}: damaged, cut off, or not an uncompressed tar file ({error})") from error
     if key is not None:
         yield _entry(number, shown, key, picture, label)
 
