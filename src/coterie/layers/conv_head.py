@@ -20,7 +20,8 @@ class ConvHead(nn.Module):
 
     `num_features` is the number of features that the classifier sees.
 
-    Shape: (batch, in_features, rows, columns) -> (batch, num_classes); without pooling (batch, num_classes, rows, columns).
+    Shape: (batch, in_features, rows, columns) -> (batch, num_classes), or without pooling
+        (batch, num_classes, rows, columns).
     """
 
     def __init__(

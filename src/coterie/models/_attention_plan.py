@@ -30,9 +30,7 @@ def plan_attention(
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"attention must be a name or one name per stage, got {attention!r}")
     if len(names) != stages:
-        raise ValueError(
-            f"attention must be one name or {stages} names, one per stage, got {len(names)}: {attention!r}"
-        )
+        raise ValueError(f"attention must be one name or {stages}, one per stage, got {len(names)}: {attention!r}")
     for name in names:
         attention_class(name)  # refuses an unknown name, listing the known ones
     given = _per_stage(options, names)
@@ -57,10 +55,6 @@ def _per_stage(options: Options | Sequence[Options] | None, names: list[str]) ->
     known = [attention_options(name) for name in names]
     homeless = sorted(key for key in options if not any(key in one for one in known))
     if homeless:
-        takes = "; ".join(
-            f"{name!r} takes {', '.join(sorted(attention_options(name)))}" for name in dict.fromkeys(names)
-        )
-        raise ValueError(
-            f"attention_options {', '.join(map(repr, homeless))}: no stage's attention has that option: {takes}"
-        )
+        takes = "; ".join(f"{name!r} takes {', '.join(sorted(one))}" for name, one in dict(zip(names, known)).items())
+        raise ValueError(f"attention_options: no stage's attention has {', '.join(map(repr, homeless))}: {takes}")
     return [{key: value for key, value in options.items() if key in one} for one in known]

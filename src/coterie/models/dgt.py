@@ -1,8 +1,8 @@
 """Dynamic Group Transformer (DGT): a pyramid whose queries form groups by content, each with its own top-k keys.
 
 "Dynamic Group Transformer: A General Vision Transformer Backbone with Dynamic Group Attention", IJCAI 2022, arXiv
-2203.03937. No code of the authors is public, and not all of the paper's text: the networks here are a reconstruction that
-meets the parameters and FLOPs remembered of all three sizes. docs/models/dgt.md says what is known and what is ours.
+2203.03937. No code of the authors is public, and not all of the paper's text: the networks here are a reconstruction
+that meets the parameters and FLOPs recalled of all three sizes. docs/models/dgt.md says what is known and what is ours.
 
     image (B, 3, H, W)
       stem      3 x (3x3 convolution, GELU, BN), the first with stride 2           (B, C/2, H/2, W/2)
@@ -134,8 +134,8 @@ class DynamicGroupTransformer(nn.Module):
         global_pool: "avg", "max", "avgmax", "catavgmax" or "" (timm's poolings).
         dims, depths, num_heads: channels, blocks and heads of each stage.
         attention: name of the attention of all stages, or one name per stage (`coterie.attention.list_attention()`).
-        attention_options: options for it: one mapping, of which each stage takes what its attention knows, or one mapping
-            per stage. They go over the model's own, `attention_defaults` (attention name to one mapping per stage).
+        attention_options: options for it: one mapping, of which each stage takes what its attention knows, or one
+            mapping per stage. They go over the model's own, `attention_defaults` (name to one mapping per stage).
         similarity: attention logits, "dot" or "cosine" (queries and keys of length one, learned temperature).
         post_norm: LN after attention and feed-forward instead of before them.
         mlp_ratio: hidden over outer channels of the feed-forward.
@@ -239,7 +239,7 @@ class DynamicGroupTransformer(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
-        """A new classifier (none for 0 classes), and pooling if given; `reset_other` drops the head's convolution too."""
+        """A new classifier (none for 0 classes), a pooling if given; `reset_other` drops the head's convolution."""
         check_count("num_classes", num_classes, least=0)
         self.num_classes = num_classes
         self.head.reset(
