@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
-from coterie.attention import follow_learning_rate, initialize_centroids
+from coterie.attention import MovingCentroids, follow_learning_rate, initialize_centroids
 from coterie.engine import checkpoint
 from coterie.engine.config import RunConfig, check
 from coterie.engine.distributed import (
@@ -123,7 +123,8 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         seed_step(config.train.seed, BEFORE_TRAINING, 0)  # the same weights on every rank
         model = self.task.build_model(config.model, self.info).to(accelerator.device)
-        if config.model.centroid_init == "data":
+        has_centroids = any(isinstance(module, MovingCentroids) for module in model.modules())
+        if has_centroids and config.model.centroid_init == "data":
             first = next(self.loader.batches(0, 0, train=True))
             initialize_centroids(model, first["image"].to(accelerator.device))
         if accelerator.num_processes > 1:
@@ -135,7 +136,8 @@ class Trainer:
             # Warm-up: a young average follows the weights closely; its decay is a function of the step.
             self.average = ModelEmaV3(model, decay=config.optim.ema_decay, use_warmup=True)
         self.plain_optimizer = build_optimizer(model, config.optim)
-        follow_learning_rate(model, self.plain_optimizer)
+        if has_centroids:
+            follow_learning_rate(model, self.plain_optimizer)
         self.plain_model = model.train()
         self.model, self.optimizer = accelerator.prepare(model, self.plain_optimizer)
 
