@@ -53,7 +53,7 @@ def test_transparency_is_laid_over_white():
 
 
 def test_a_transparent_colour_of_palette_and_grey_is_laid_over_white():
-    palette = Image.fromarray(np.array([[0, 1]], np.uint8), mode="L").convert("P")
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
     palette.putpalette([200, 0, 0, 0, 0, 200])
     assert pixels(save(palette, "PNG", transparency=0)).tolist() == [[[255] * 3, [0, 0, 200]]]
     grey = Image.fromarray(np.array([[7, 9]], np.uint8))
