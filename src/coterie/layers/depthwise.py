@@ -18,7 +18,11 @@ def residual_depthwise(
     """
     channels, _, size, _ = weight.shape
     half = size // 2
-    if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
+    if x.dtype not in (torch.float32, torch.float64) or _autocast(x.device.type):
         return x + F.conv2d(x, weight, bias, padding=half, groups=channels)
     identity = F.pad(weight.new_ones(1, 1, 1, 1), (half, half, half, half))
     return F.conv2d(x, weight + identity, bias, padding=half, groups=channels)
+
+
+def _autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

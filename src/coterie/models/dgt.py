@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype, register_notrace_module, trunc_normal_
+from timm.layers import DropPath, get_device_dtype, register_notrace_module, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, named_apply
 from torch import Tensor, nn
 
@@ -181,15 +181,15 @@ class DynamicGroupTransformer(nn.Module):
         self.feature_info: list[dict[str, Any]] = []
 
         self.stem = ConvStem(in_chans, dims[0] // 2, stride=stem_stride, **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = iter([drop_path_rate * block / max(1, sum(depths) - 1) for block in range(sum(depths))])
         stages = []
-        for index, (dim, heads, (name, options)) in enumerate(zip(dims, num_heads, plan, strict=True)):
+        for index, (dim, heads, (name, options)) in enumerate(zip(dims, num_heads, plan)):
             stage = DynamicGroupTransformerStage(
                 dims[index - 1] if index else dims[0] // 2,
                 dim,
                 heads,
                 stride=2,
-                drop_path=rates[index],
+                drop_path=[next(rates) for _ in range(depths[index])],
                 attention=name,
                 attention_options={"similarity": similarity, **options},
                 mlp_ratio=mlp_ratio,
