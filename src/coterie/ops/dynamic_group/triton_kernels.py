@@ -23,7 +23,9 @@ a measurement. The tiling follows FlashAttention-2 (arXiv 2307.08691).
 """
 
 import contextlib
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,6 +35,17 @@ from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+FUSED = {"enable_fp_fusion": True}  # multiply-adds in one instruction, also where Triton no longer does so by itself
+REDUCED, REDUCE_STEP = 256, 8  # numbers of dk that a program of the reduction sums up, partial sums it loads at once
+
+
+# Sizes that change from image to image: no kernel is compiled anew because one of them is 1 or a multiple of 16.
+_SIZES = ("heads", "groups", "queries", "keys", "count", "total", "segments", "entries", "all_keys")
+
+
+def _kernel(function: Callable[..., None]) -> Any:
+    names = inspect.signature(function).parameters
+    return triton.jit(function, do_not_specialize=[name for name in _SIZES if name in names])
 
 
 # -------------------------------------------------------------------------------- planning
@@ -49,7 +62,7 @@ def _lower_bound(ordered, target, total):
     return low
 
 
-@triton.jit
+@_kernel
 def _plan_kernel(ordered, starts, slot_segment, total, segments, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Where a segment starts among the sorted queries, and which slots are its own."""
     segment = tl.program_id(0)
@@ -111,7 +124,7 @@ def _store_rows(base, row, valid, x, DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 # -------------------------------------------------------------------------------- kernels
-@triton.jit
+@_kernel
 def _forward_kernel(
     query, key, value, output, logsumexp, order, starts, slot_segment, selected, key_mask,
     q_batch, q_head, q_token, q_dim, k_batch, k_head, k_token, k_dim, v_batch, v_head, v_token, v_dim,
@@ -152,7 +165,7 @@ def _forward_kernel(
     tl.store(logsumexp + flat, tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2), mask=exists)
 
 
-@triton.jit
+@_kernel
 def _query_gradient_kernel(
     grad, query, key, value, output, logsumexp, delta, grad_query, order, starts, slot_segment, selected, key_mask,
     g_batch, g_head, g_token, g_dim, q_batch, q_head, q_token, q_dim,
@@ -189,7 +202,7 @@ def _query_gradient_kernel(
     _store_rows(grad_query, flat, exists, dq * scale, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@_kernel
 def _key_gradient_kernel(
     grad, query, key, value, logsumexp, delta, partial, order, starts, slot_segment, selected, key_mask,
     g_batch, g_head, g_token, g_dim, q_batch, q_head, q_token, q_dim,
@@ -235,7 +248,7 @@ def _key_gradient_kernel(
     tl.store(partial + HEAD_DIM + value_dim, dv, mask=(place < count)[:, None] & (value_dim < VALUE_DIM))
 
 
-@triton.jit
+@_kernel
 def _reduce_kernel(
     sorted_key, entry, starts, partial, grad_key, grad_value, entries, all_keys, count,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -273,8 +286,8 @@ def _reduce_kernel(
 
 # -------------------------------------------------------------------------------- host
 class Blocks(NamedTuple):
-    """Sizes of a program's work. It takes `keys` at a time; in the forward and dq a `tile` of queries with `warps`, in dk
-    and dv a `piece` of queries, `step` of them at a time, with `step_warps`."""
+    """Sizes of a program's work. It takes `keys` at a time; in the forward and dq a `tile` of queries with `warps`, in
+    dk and dv a `piece` of queries, `step` of them at a time, with `step_warps`."""
 
     keys: int
     tile: int
@@ -305,7 +318,7 @@ def choose_blocks(mean_group: float, count: int, dim: int, itemsize: int) -> Blo
 
 
 class Plan(NamedTuple):
-    """`order` (batch * heads * queries) of the sorted queries, `starts` (segments + 1), and the segment of each slot."""
+    """`order` (batch * heads * queries) of the queries, `starts` (segments + 1), and the segment of each slot."""
 
     order: Tensor
     starts: Tensor
@@ -324,7 +337,9 @@ def _plan(ordered: Tensor, order: Tensor, segments: int, size: int) -> Plan:
     total = ordered.numel()
     starts = order.new_empty(segments + 1)
     slot_segment = order.new_empty(total // size + segments, dtype=torch.int32)
-    _plan_kernel[(segments,)](ordered, starts, slot_segment, total, segments, SIZE=size, BLOCK=128, num_warps=1)
+    _plan_kernel[(segments,)](
+        ordered, starts, slot_segment, total, segments, SIZE=size, BLOCK=128, num_warps=1, **FUSED
+    )
     return Plan(order, starts, slot_segment)
 
 
@@ -373,7 +388,7 @@ def forward(
             query, key, value, output, logsumexp, *plan, selected, key_mask,
             *query.stride(), *key.stride(), *value.stride(),
             heads, groups, queries, key.shape[2], count, scale,
-            **dims, TILE=blocks.tile, BLOCK_N=blocks.keys, num_warps=blocks.warps, num_stages=2,
+            **dims, TILE=blocks.tile, BLOCK_N=blocks.keys, num_warps=blocks.warps, num_stages=2, **FUSED,
         )  # fmt: skip
     return output, logsumexp
 
@@ -412,7 +427,7 @@ def backward(
         tiles = _plan(ordered, order, segments, blocks.tile)
         _query_gradient_kernel[(tiles.slot_segment.numel(),)](
             grad, query, key, value, output, logsumexp, delta, grad_query, *tiles, selected, key_mask, *strides, *sizes,
-            **dims, TILE=blocks.tile, BLOCK_N=blocks.keys, num_warps=blocks.warps, num_stages=2,
+            **dims, TILE=blocks.tile, BLOCK_N=blocks.keys, num_warps=blocks.warps, num_stages=2, **FUSED,
         )  # fmt: skip
 
         pieces = _plan(ordered, order, segments, blocks.piece)
@@ -421,14 +436,14 @@ def backward(
         _key_gradient_kernel[(slots * triton.cdiv(count, blocks.keys),)](
             grad, query, key, value, logsumexp, delta, partial, *pieces, selected, key_mask, *strides, *sizes,
             **dims, PIECE=blocks.piece, BLOCK_M=blocks.step, BLOCK_N=blocks.keys,
-            num_warps=blocks.step_warps, num_stages=2,
+            num_warps=blocks.step_warps, num_stages=2, **FUSED,
         )  # fmt: skip
 
         sorted_key, entry = _sort_entries(selected, keys)
-        rows = max(1, 256 // max(dims["BLOCK_D"], dims["BLOCK_V"]))
+        rows = max(1, REDUCED // max(dims["BLOCK_D"], dims["BLOCK_V"]))
         _reduce_kernel[(triton.cdiv(entry.numel(), rows),)](
             sorted_key, entry, pieces.starts, partial, grad_key, grad_value, entry.numel(), batch * heads * keys, count,
-            **dims, PIECE=blocks.piece, ROWS=rows, STEP=8,
+            **dims, PIECE=blocks.piece, ROWS=rows, STEP=REDUCE_STEP, **FUSED,
         )  # fmt: skip
     return grad_query, grad_key, grad_value
 
