@@ -22,10 +22,6 @@ _PR_SET_THP_DISABLE = 41
 def main() -> None:
     job = json.loads(sys.stdin.read())
     _make_resident_memory_exact()
-
-    import torch
-
-    torch.set_num_threads(job["threads"])
     module, function = job["target"].split(":")
     warm_up, call = getattr(importlib.import_module(module), function)(**job["arguments"])
     warm_up()

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from coterie.bench.record import first_line
+
 TORCH_METHOD = "torch.accelerator.max_memory_allocated above memory_allocated before the call, after warm-up"
 
 
@@ -29,8 +31,8 @@ def measure_in_process(call: Callable[[], object], device: torch.device) -> dict
         call()
         torch.accelerator.synchronize(device)
         peak = torch.accelerator.max_memory_allocated(device) - before
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
-        return unknown(f"torch does not tell the memory of {device.type}: {_first_line(str(error))}")
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        return unknown(f"torch does not tell the memory of {device.type}: {first_line(error)}")
     return {"peak_extra_bytes": peak, "method": TORCH_METHOD}
 
 
@@ -45,8 +47,9 @@ def measure_in_child(target: str, arguments: dict[str, Any], *, timeout: float =
     Returns:
         {"peak_extra_bytes": int or None, "method": str}, and "reason" where there is no figure.
     """
-    job = {"target": target, "arguments": arguments, "threads": torch.get_num_threads()}
-    environment = dict(os.environ)
+    job = {"target": target, "arguments": arguments}
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     source = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, environment.get("PYTHONPATH", "")]))
     # glibc keeps freed memory for later; with these it returns every block from 64 KiB up at once, so that the figure
@@ -88,9 +91,5 @@ def available_bytes(device: torch.device) -> int | None:
         return None
     try:
         return int(torch.accelerator.get_memory_info(device)[0])
-    except (RuntimeError, NotImplementedError, AttributeError):
+    except (RuntimeError, NotImplementedError, ValueError):
         return None
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "no message"

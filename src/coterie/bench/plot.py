@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coterie.bench.console import number, seconds
 from coterie.bench.record import case_label
 from coterie.engine.files import atomic_write
 
@@ -61,11 +62,12 @@ def _colours(report: dict[str, Any]) -> dict[str, str]:
 def _draw_bars(report: dict[str, Any]) -> Figure:
     """One panel per result: a bar per contender with its quartiles, its ratio to the baseline written beside it."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     results = [result for result in report["results"] if any("seconds" in e for e in result["contenders"])]
     heights = [0.5 + 0.42 * len(result["contenders"]) for result in results]
-    figure = Figure(figsize=(8, sum(heights) + 0.55 * len(results) + 0.5), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))
+    height = sum(heights) + 0.55 * len(results) + 0.5
+    figure = Figure(figsize=(8, height), layout=ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95)))
     panels = figure.subplots(len(results), 1, squeeze=False, height_ratios=heights)[:, 0]
     colours = _colours(report)
     for axes, result in zip(panels, results, strict=True):
@@ -75,7 +77,7 @@ def _draw_bars(report: dict[str, Any]) -> Figure:
             median = figures["median"] * 1e3
             whiskers = [[median - figures["quartile_1"] * 1e3], [figures["quartile_3"] * 1e3 - median]]
             axes.barh(y, median, xerr=whiskers, color=colours[entry["name"]], height=0.7, error_kw={"linewidth": 1})
-            label = f"  {median:.3g} ms" + (f", {entry['ratio']:.3g}x" if entry["ratio"] else "")
+            label = f"  {seconds(figures['median'])}, {number(entry['ratio'], 'x')}"
             axes.text(figures["quartile_3"] * 1e3, y, label, va="center", fontsize=8)
         axes.set_yticks(range(len(entries)), [entry["name"] for entry in entries], fontsize=8)
         axes.set_title(case_label(result), fontsize=9, loc="left")
@@ -89,9 +91,9 @@ def _draw_bars(report: dict[str, Any]) -> Figure:
 def _draw_scaling(report: dict[str, Any]) -> Figure:
     """Time and memory over tokens, both axes logarithmic; extrapolated times are hollow and dashed."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))
+    figure = Figure(figsize=(10, 4.4), layout=ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95)))
     time_axes, memory_axes = figure.subplots(1, 2)
     for name, colour in _colours(report).items():
         entries = [(r["case"]["tokens"], e) for r in report["results"] for e in r["contenders"] if e["name"] == name]

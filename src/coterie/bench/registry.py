@@ -71,9 +71,9 @@ class Option:
             ValueError: below the smallest value, or a fraction where a whole number is taken.
         """
         if isinstance(self.default, int) and value != int(value):
-            raise ValueError(f"{name} must be a whole number, got {value}")
+            raise ValueError(f"{name} must be a whole number, got {value:g}")
         if value < self.least:
-            raise ValueError(f"{name} must be at least {self.least}, got {value}")
+            raise ValueError(f"{name} must be at least {self.least:g}, got {value:g}")
         return type(self.default)(value)
 
 

@@ -1,9 +1,9 @@
 """`coterie bench scaling`: time and memory of one operation over the number of tokens, up to lengths that exact
 attention cannot reach.
 
-A contender is measured as long as its predicted time per call stays under a budget; beyond, its time is extrapolated
-from the last measurement by the power law of its arithmetic, and every figure that rests on that is marked as
-extrapolated. Memory is measured or left open, never extrapolated.
+Exact attention, and whatever else is quadratic, is measured as long as its predicted time per call stays under a
+budget; beyond, its time is extrapolated from the last measurement by the power law of its arithmetic, and every figure
+that rests on that is marked as extrapolated. Memory is measured or left open, never extrapolated.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def bench_scaling(
             order.
         backends: names to measure; None takes the one that "auto" would choose.
         direction: "forward" or "forward+backward".
-        budget: seconds; a contender whose call would take longer is extrapolated.
+        budget: seconds; a quadratic contender whose call would take longer is extrapolated.
         settings, measure_memory, progress: as for `bench_op`.
 
     Returns:
-        The report, JSON-ready (docs/benchmarking.md lists its fields), with "crossover" by contender.
+        The report, JSON-ready (docs/benchmarking.md lists its fields), with "crossover" and "growth" by contender.
 
     Raises:
         ValueError: an unknown name, backend or direction; fewer than two lengths; a budget that is not positive.
@@ -65,7 +65,7 @@ def bench_scaling(
     try:
         for case in cases:
             contenders = [op.baseline, *_backends(op, case, direction, backends)]
-            affordable = [who for who in contenders if _predict(who, case.tokens, last) <= budget]
+            affordable = [who for who in contenders if who.growth < 2 or _predict(who, case.tokens, last) <= budget]
             result = measure_case(op, case, direction, affordable, [], settings, measure_memory, progress)
             for entry in result["contenders"]:
                 if "seconds" in entry:
@@ -79,6 +79,7 @@ def bench_scaling(
     except KeyboardInterrupt:
         report["interrupted"] = True
     report["crossover"] = crossovers(report)
+    report["growth"] = growths(report)
     return report
 
 
@@ -106,6 +107,31 @@ def crossovers(report: dict[str, Any]) -> dict[str, float | None]:
     return found
 
 
+def growths(report: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """The power of the number of tokens with which measured time and memory grow, between the two longest lengths
+    measured: about 1 is linear, about 2 quadratic. None where fewer than two were measured."""
+    found: dict[str, dict[str, float | None]] = {}
+    for name in dict.fromkeys(entry["name"] for result in report["results"] for entry in result["contenders"]):
+        times, memories = [], []
+        for result in report["results"]:
+            tokens = result["case"]["tokens"]
+            for entry in result["contenders"]:
+                if entry["name"] != name or "seconds" not in entry or entry.get("extrapolated"):
+                    continue
+                times.append((tokens, entry["seconds"]["median"]))
+                if extra := entry.get("memory", {}).get("peak_extra_bytes"):
+                    memories.append((tokens, extra))
+        found[name] = {"time": _slope(times), "memory": _slope(memories)}
+    return found
+
+
+def _slope(points: list[tuple[int, float]]) -> float | None:
+    if len(points) < 2:
+        return None
+    (before, low), (after, high) = points[-2:]
+    return math.log(high / low) / math.log(after / before)
+
+
 def _backends(op: Any, case: Case, direction: str, names: Sequence[str]) -> list[Contender]:
     """The backends asked for; one whose memory would not fit at this length is no longer among them."""
     found = op.backends(case, direction != "forward")
@@ -114,7 +140,8 @@ def _backends(op: Any, case: Case, direction: str, names: Sequence[str]) -> list
 
 
 def _predict(contender: Contender, tokens: int, last: dict[str, tuple[int, float]]) -> float:
-    """Seconds that a call at `tokens` will take; 0 as long as nothing is known."""
+    """Seconds that a call at `tokens` will take; 0 as long as nothing is known. At short lengths, where the constant
+    cost of a call counts, this is too much."""
     if contender.name not in last:
         return 0.0
     before, seconds = last[contender.name]
@@ -124,17 +151,16 @@ def _predict(contender: Contender, tokens: int, last: dict[str, tuple[int, float
 def _extrapolated(
     contender: Contender, case: Case, direction: str, last: dict[str, tuple[int, float]]
 ) -> dict[str, Any]:
-    seconds, flops = _predict(contender, case.tokens, last), contender.flops(case, direction != "forward")
     return {
         "name": contender.name,
         "extrapolated": True,
         "extrapolated_from_tokens": last[contender.name][0],
         "growth": contender.growth,
-        "seconds": {"median": seconds},
+        "seconds": {"median": _predict(contender, case.tokens, last)},
         "ratio": None,
         "ratio_quartiles": None,
-        "flops": flops,
-        "flops_per_second": flops / seconds,
+        "flops": contender.flops(case, direction != "forward"),
+        "flops_per_second": None,
         "times_floor": None,
     }
 

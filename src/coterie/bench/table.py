@@ -50,12 +50,13 @@ def footer(report: dict[str, Any]) -> list[str]:
         }
     )
     lines = [
-        f"faster: median of {report['baseline']} / median of the row; x of floor: median / (FLOPs at the rate of a matmul)",
+        f"faster: median of {report['baseline']} / median of the row; x of floor: median / (FLOPs at a matmul's rate)",
         f"{found['device_name']} ({found['device']}), {found['threads']} threads of {found['cores']} cores",
         f"{versions}, {found['date']}",
     ]
     if methods:
         lines.append(f"extra memory: beyond the inputs, outputs included; by {'; '.join(methods)}")
+    lines += _scaling_lines(report)
     load = found["load_average"]
     if load and load[0] > 0.5 * found["cores"]:
         lines.append(
@@ -63,6 +64,18 @@ def footer(report: dict[str, Any]) -> list[str]:
         )
     if report["interrupted"]:
         lines.append("note: interrupted; these are the results so far")
+    return lines
+
+
+def _scaling_lines(report: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, growth in report.get("growth", {}).items():
+        powers = [f"{what} as tokens^{power:.2f}" for what, power in growth.items() if power is not None]
+        if powers:
+            lines.append(f"{name}: {', '.join(powers)} between the two longest lengths measured")
+    for name, tokens in report.get("crossover", {}).items():
+        where = "at no length here" if tokens is None else f"from about {tokens:,.0f} tokens on"
+        lines.append(f"{name} is faster than {report['baseline']} {where}")
     return lines
 
 
@@ -106,7 +119,7 @@ def _op_row(entry: dict[str, Any]) -> list[str]:
         _ratio(entry),
         megabytes(memory.get("peak_extra_bytes")),
         number(memory.get("per_tensor_bytes")),
-        number(entry["flops_per_second"] / 1e9),
+        number(None if entry["flops_per_second"] is None else entry["flops_per_second"] / 1e9),
         number(entry["times_floor"]),
     ]
 

@@ -51,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     scaling.add_argument("--backward", action="store_true", help="forward and backward together (default: forward)")
     scaling.add_argument(
         "--budget", type=float, default=10.0, metavar="SECONDS",
-        help="a contender whose call would take longer is extrapolated, and marked so (default 10)",
+        help="a quadratic contender whose call would take longer is extrapolated, and marked so (default 10)",
     )  # fmt: skip
     _add_common(scaling, time_limit=20.0)
 
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     measure = {"op": _op, "model": _model, "scaling": _scaling}[args.kind]
     with Progress() as progress:
         report = measure(args, settings=settings, measure_memory=not args.no_memory, progress=progress)
-    report["command"] = f"coterie {shlex.join(sys.argv[1:])}"
+    report["command"] = _command(args)
 
     print_report(report)
     path = save_report(report, args.output)
@@ -91,6 +91,21 @@ def run(args: argparse.Namespace) -> int:
     for line in problems:
         print(f"coterie bench: error: {line}", file=sys.stderr)
     return 130 if report["interrupted"] else 1 if problems else 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command that repeats this run, with every default spelt out, so that it still does when defaults have changed."""
+    given = dict(vars(args))
+    words = ["coterie", "bench", given.pop("kind")]
+    words += given.pop("names") if "names" in given else [given.pop("name")]
+    for name in ("command", "output"):
+        given.pop(name, None)
+    for name, value in given.items():
+        if value is None or value is False:
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{name.replace('_', '-')}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
+    return shlex.join(words)
 
 
 def _op(args: argparse.Namespace, **how: Any) -> dict[str, Any]:
