@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from coterie.attention import DynamicGroupAttention, GlobalAttention
+from coterie.attention import DynamicGroupAttention, GlobalAttention, follow_learning_rate
 
 
 def make(dim=12, heads=3, *, groups=4, top_k=5, seed=0, **options):
@@ -199,9 +199,14 @@ def test_autocast_keeps_centroids_wide_and_output_close():
     assert half.train()(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_counts_queries_once(reentrant):
+def test_checkpointing_counts_queries_once(reentrant, told):
     m, x = make().train(), tokens(2, 9, 12).requires_grad_()
+    optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+    if told:
+        follow_learning_rate(m, optimizer)
+    centroids = m.centroids.clone()
     m(x).sum().backward()
     sums, counts, grad = m._sums.clone(), m._counts.clone(), x.grad.clone()
     m.forget_queries()
@@ -211,6 +216,7 @@ def test_checkpointing_counts_queries_once(reentrant):
     assert torch.equal(m._counts, counts)
     assert counts.sum() == 2 * 3 * 9
     torch.testing.assert_close(x.grad, grad)
+    assert torch.equal(m.centroids, centroids)
 
 
 @pytest.mark.parametrize(

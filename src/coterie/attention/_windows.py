@@ -81,8 +81,8 @@ class Windows:
         """Who may attend to whom, (batch or 1, windows, window tokens, window tokens), or None where everybody may."""
         if self.padded == self.grid and not any(self.shift) and mask is None:
             return None
-        member = self.split(self.membership(device)[..., None] + 1, 0)[..., 0]  # 0 is padding
-        allowed = ((member.unsqueeze(-1) == member.unsqueeze(-2)) & (member > 0).unsqueeze(-2)).unsqueeze(0)
+        member = self.split(self.membership(device)[..., None] + 1, 0)[..., 0]  # 0 is padding, a window of its own
+        allowed = (member.unsqueeze(-1) == member.unsqueeze(-2)).unsqueeze(0)
         if mask is not None:
             real = self.split(mask[..., None].to(torch.uint8), 1)[..., 0].bool()
             allowed = allowed & real.unsqueeze(-2)

@@ -87,8 +87,8 @@ def moved(
     """norm((1 - tau) norm(e) + tau norm(mean query)); a group that is empty or has no finite sum stays as it is."""
     mean = F.normalize(sums / counts.clamp(min=1).unsqueeze(-1), dim=-1)
     new = F.normalize((1 - tau) * F.normalize(centroids, dim=-1) + tau * mean, dim=-1)
-    changes = (counts > 0) & sums.isfinite().all(-1)
-    changes &= new.square().sum(-1) > 0.5  # opposite vectors may cancel at tau = 1/2
+    # of length one, but for NaN and for opposite vectors that cancel at tau = 1/2
+    changes = (counts > 0) & (new.square().sum(-1) > 0.5)
     return torch.where(changes.unsqueeze(-1), new, centroids)
 
 
