@@ -1,4 +1,4 @@
-"""replace_attention on timm's models: same outputs where the mechanism is exact, a plain report where it cannot swap."""
+"""replace_attention on timm models: same outputs where the mechanism is exact, a plain report where it cannot swap."""
 
 import copy
 import pickle
