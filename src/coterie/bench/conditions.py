@@ -98,7 +98,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    size = 512 if device.type == "cpu" else 8192
+    size = 8192 if device.type != "cpu" else 1024 if dtype == torch.float32 else 512
     a = torch.ones(size, size, device=device, dtype=dtype)
     wait, fastest, tries, started = synchronizer(device), float("inf"), 0, time.perf_counter()
     while tries < 3 or (time.perf_counter() - started < 0.1 and tries < 50):

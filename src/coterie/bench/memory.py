@@ -57,7 +57,9 @@ def measure_in_child(target: str, arguments: dict[str, Any], *, timeout: float =
     environment.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0", MALLOC_TOP_PAD_="0")
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "coterie.bench._memory_child"],
+            # The file, not the module, so that nothing is loaded but what the job needs; -P keeps its folder, whose
+            # files have names of standard modules, out of the import path.
+            [sys.executable, "-P", str(Path(__file__).with_name("_memory_child.py"))],
             input=json.dumps(job),
             capture_output=True,
             text=True,

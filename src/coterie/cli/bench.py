@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command that repeats this run, with every default spelt out, so that it still does when defaults have changed."""
+    """The command that repeats this run, with every default spelt out, so that it still does when they have changed."""
     given = dict(vars(args))
     words = ["coterie", "bench", given.pop("kind")]
     words += given.pop("names") if "names" in given else [given.pop("name")]
