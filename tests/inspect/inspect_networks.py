@@ -9,7 +9,7 @@ PATCH = 4
 
 
 class StripeAttention(nn.Module):
-    """Groups that are known beforehand: in head h, group j holds the tokens of the rows r with (r + h) mod `groups` = j.
+    """Groups known beforehand: in head h, group j holds the tokens of the rows r with (r + h) mod `groups` = j.
 
     Every group chooses the first `top_k` tokens, in falling order.
     """

@@ -28,7 +28,9 @@ class _Structure(HTMLParser):
             self.ids.append(str(values["id"]))
         if tag == "img":
             self.images.append(values)
-        self.addresses += [str(values[name]) for name in ("src", "href", "srcset", "action", "data") if values.get(name)]
+        self.addresses += [
+            str(values[name]) for name in ("src", "href", "srcset", "action", "data") if values.get(name)
+        ]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -44,7 +46,7 @@ class _Structure(HTMLParser):
 
 
 def check_page(page: str) -> int:
-    """The page is whole, asks nothing of the network, and its pictures decode and have descriptions. Returns how many."""
+    """The page is whole, asks nothing of the network, its pictures decode and have descriptions. Returns how many."""
     parser = _Structure()
     parser.feed(page)
     parser.close()

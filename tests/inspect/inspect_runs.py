@@ -22,7 +22,7 @@ def write_run(
     accuracy: float = 0.9,
     seed: int = 0,
 ) -> Path:
-    """A finished run whose network is right about `accuracy` of the time and whose neighbours in number get confused."""
+    """A finished run whose network is right about `accuracy` of the time and confuses neighbours in number."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -51,8 +51,9 @@ def write_run(
                        "images_per_s": 400 + rng.normal() * 12, "grad_norm": 1 + abs(rng.normal())})  # fmt: skip
         if step % steps_per_epoch == 0:
             reached = accuracy * (1 - np.exp(-4 * done))
-            events.append({"event": "eval", "step": step, "epoch": step // steps_per_epoch, "split": "test", "loss": 2.2 * np.exp(-2.6 * done) + 0.35,
-                           "accuracy": reached, "macro_accuracy": reached - 0.01, "top5_accuracy": min(reached + 0.08, 1)})  # fmt: skip
+            events.append({"event": "eval", "step": step, "epoch": step // steps_per_epoch, "split": "test",
+                           "loss": 2.2 * np.exp(-2.6 * done) + 0.35, "accuracy": reached,
+                           "macro_accuracy": reached - 0.01, "top5_accuracy": min(reached + 0.08, 1)})  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     count = len(classes)
     labels = rng.integers(0, count, samples)

@@ -65,7 +65,8 @@ def test_confusion_matrix_cells() -> None:
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0, "0"), (1234567, "1.23M"), (12345, "12.3k"), (417.3, "417"), (0.5, "0.5"), (1e-5, "1e-5"), (2.5e-4, "2.5e-4"), (-0.25, "-0.25")],
+    [(0, "0"), (1234567, "1.23M"), (12345, "12.3k"), (417.3, "417"),
+     (0.5, "0.5"), (1e-5, "1e-5"), (2.5e-4, "2.5e-4"), (-0.25, "-0.25")],
 )  # fmt: skip
 def test_short_numbers(value: float, shown: str) -> None:
     assert short(value) == shown

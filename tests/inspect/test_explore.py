@@ -1,4 +1,4 @@
-"""`coterie inspect`: PNG files and a page, for runs and for bare models, and one clear line for what cannot be shown."""
+"""`coterie inspect`: PNG files and a page, for runs and bare models; one clear line for what cannot be shown."""
 
 import base64
 import io

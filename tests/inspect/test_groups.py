@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from inspect_networks import StripeNet
 from torch import nn
 
 from coterie.inspect import StageGroups, inspect_groups
 from coterie.inspect.groups import by_block, explain_no_groups, interest, most_interesting
-from inspect_networks import StripeNet
 
 
 def make_head(cells: np.ndarray, groups: int, selected: np.ndarray | None = None, prefix: int = 0) -> StageGroups:

@@ -41,8 +41,9 @@ def look_at(page: Path, width: int, folder: Path) -> dict:
     frame = folder / "frame.html"
     frame.write_text(FRAME.format(width=width, page=html.escape(page.read_text(), quote=True)))
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-               "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}",
-               "--virtual-time-budget=8000", "--dump-dom", frame.as_uri()]  # fmt: skip
+               "--disable-background-networking", "--disable-component-update", "--disable-sync",
+               f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=8000", "--dump-dom",
+               frame.as_uri()]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, f"the page did not come up: {done.stderr[-500:]}"

@@ -17,6 +17,8 @@ from coterie.inspect.report import build_report, headline, training_seconds, wri
 from coterie.inspect.report_groups import choose_samples
 from coterie.inspect.runs import read_run
 
+PIECES = ["config.yaml", "metrics.jsonl", "predictions.npz", "environment.json", "source.json"]
+
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
@@ -66,7 +68,9 @@ def test_chosen_samples_are_two_sure_answers_and_a_mistake(run_dir: Path) -> Non
     assert found.labels[chosen[0]] != found.labels[chosen[1]]
 
 
-@pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", "predictions.npz", "environment.json", "source.json"])
+@pytest.mark.parametrize(
+    "missing", ["config.yaml", "metrics.jsonl", "predictions.npz", "environment.json", "source.json"]
+)
 def test_a_missing_piece(run_dir: Path, missing: str) -> None:
     (run_dir / missing).unlink()
     page = write_report(run_dir).read_text()
@@ -81,7 +85,9 @@ def test_a_missing_piece(run_dir: Path, missing: str) -> None:
     assert words[missing] in page
 
 
-@pytest.mark.parametrize("piece", ["config.yaml", "metrics.jsonl", "predictions.npz", "environment.json", "source.json"])
+@pytest.mark.parametrize(
+    "piece", ["config.yaml", "metrics.jsonl", "predictions.npz", "environment.json", "source.json"]
+)
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00{", b"[1, 2]", b"{: [", b"PK\x03\x04 not a zip"])
 def test_a_damaged_piece(run_dir: Path, piece: str, content: bytes) -> None:
     (run_dir / piece).write_bytes(content)
@@ -91,12 +97,19 @@ def test_a_damaged_piece(run_dir: Path, piece: str, content: bytes) -> None:
 def test_predictions_that_do_not_fit_together(run_dir: Path) -> None:
     np.savez(run_dir / "predictions.npz", probabilities=np.ones((3, 2)), labels=np.zeros(4), indices=np.arange(3))
     assert "does not fit together" in write_report(run_dir).read_text()
-    np.savez(run_dir / "predictions.npz", probabilities=np.ones((3, 10)) / 10, labels=np.array([1, 99, 2]), indices=np.arange(3))
-    assert "1 samples with a label out of range" in write_report(run_dir).read_text()
+    np.savez(
+        run_dir / "predictions.npz",
+        probabilities=np.ones((3, 10)) / 10,
+        labels=np.array([1, 99, 2]),
+        indices=np.arange(3),
+    )
+    assert "left out 1 of 3 samples" in write_report(run_dir).read_text()
 
 
 def test_pickles_are_not_read(run_dir: Path) -> None:
-    np.savez(run_dir / "predictions.npz", probabilities=np.array([{}], dtype=object), labels=np.zeros(1), indices=np.zeros(1))
+    np.savez(
+        run_dir / "predictions.npz", probabilities=np.array([{}], dtype=object), labels=np.zeros(1), indices=np.zeros(1)
+    )
     assert "predictions.npz cannot be read" in write_report(run_dir).read_text()
 
 
@@ -141,7 +154,7 @@ def test_nan_losses_and_a_cut_line(tmp_path: Path) -> None:
     page = write_report(run).read_text()
     check_page(page)
     assert "became NaN or infinite" in page
-    assert "1 line could not be read" in page
+    assert "left out 1 line that could not be read" in page
     assert not any("nan" in path for path in re.findall(r' (?:d|x|y)="([^"]*)"', page))
 
 

@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from inspect_networks import StripeNet
 from PIL import Image
 
 from coterie.inspect import inspect_groups
@@ -21,7 +22,6 @@ from coterie.inspect.tiles import (
     group_colours,
     to_picture,
 )
-from inspect_networks import StripeNet
 
 
 @pytest.fixture(scope="module")

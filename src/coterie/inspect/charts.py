@@ -73,7 +73,8 @@ def line_chart(
         parts.append(f'<g class="s{line.style}"><path class="{"faint" if line.faint else "line"}" d="{path}"/>')
         if not line.faint and (line.points or len(x) == 1) and len(x) <= 60:
             parts += [
-                f'<circle class="dot" cx="{px(a):.1f}" cy="{py(b):.1f}" r="2.6"><title>{text(line.name)}: {label(b)} at {text(x_label)} {short(a)}</title></circle>'
+                f'<circle class="dot" cx="{px(a):.1f}" cy="{py(b):.1f}" r="2.6">'
+                f"<title>{text(line.name)}: {label(b)} at {text(x_label)} {short(a)}</title></circle>"
                 for a, b in zip(x, y, strict=True)
             ]
         parts.append("</g>")
@@ -115,7 +116,8 @@ def bar_chart(values: Sequence[float], *, x_label: str, y_label: str, describe: 
     parts.append("</g>")
     if rule is not None:
         parts.append(
-            f'<g class="s1"><line style="stroke:var(--c)" stroke-width="1.4" stroke-dasharray="4 3" x1="{left}" x2="{width - right}" y1="{py(rule):.1f}" y2="{py(rule):.1f}"/></g>'
+            f'<g class="s1"><line style="stroke:var(--c)" stroke-width="1.4" stroke-dasharray="4 3" '
+            f'x1="{left}" x2="{width - right}" y1="{py(rule):.1f}" y2="{py(rule):.1f}"/></g>'
         )
     parts.append(f'<text x="{width - right}" y="{height - 8}" text-anchor="end">{text(x_label)}</text>')
     parts.append(f'<text x="{left}" y="{height - 8}">{text(y_label)}</text>')
@@ -123,7 +125,7 @@ def bar_chart(values: Sequence[float], *, x_label: str, y_label: str, describe: 
 
 
 def confusion_chart(matrix: np.ndarray, classes: Sequence[str]) -> str:
-    """Rows are the true classes, columns the predicted ones; colour is the share of the row, the number is the count."""
+    """Rows are true classes, columns predicted ones; the colour is the share of the row, the number the count."""
     count = len(classes)
     names = [clip(name, 14) for name in classes]
     cell = 34.0 if count <= 12 else 28.0
@@ -143,11 +145,13 @@ def confusion_chart(matrix: np.ndarray, classes: Sequence[str]) -> str:
         )
         if slanted:
             parts.append(
-                f'<text class="strong" transform="translate({left + middle - 2:.1f} {top - 7:.1f}) rotate(-40)">{text(name)}</text>'
+                f'<text class="strong" transform="translate({left + middle - 2:.1f} {top - 7:.1f}) rotate(-40)">'
+                f"{text(name)}</text>"
             )
         else:
             parts.append(
-                f'<text class="strong" x="{left + middle:.1f}" y="{top - 8:.1f}" text-anchor="middle">{text(name)}</text>'
+                f'<text class="strong" x="{left + middle:.1f}" y="{top - 8:.1f}" text-anchor="middle">'
+                f"{text(name)}</text>"
             )
     for row in range(count):
         for column in range(count):
@@ -158,19 +162,24 @@ def confusion_chart(matrix: np.ndarray, classes: Sequence[str]) -> str:
             strength = (0.08 + 0.87 * part) if right else min(1.0, 0.12 + 0.9 * math.sqrt(part))
             fill = "var(--raised)" if value == 0 else f"rgba(var(--{'heat' if right else 'miss'}),{strength:.2f})"
             parts.append(
-                f'<g><rect x="{x + 1:.1f}" y="{y + 1:.1f}" width="{cell - 2:.1f}" height="{cell - 2:.1f}" rx="3" style="fill:{fill}"/>'
-                f"<title>true {text(classes[row])}, predicted {text(classes[column])}: {value} ({part:.1%} of the class)</title>"
+                f'<g><rect x="{x + 1:.1f}" y="{y + 1:.1f}" width="{cell - 2:.1f}" height="{cell - 2:.1f}" rx="3" '
+                f'style="fill:{fill}"/><title>true {text(classes[row])}, predicted {text(classes[column])}: '
+                f"{value} ({part:.1%} of the class)</title>"
             )
             if value:
                 tone = "on" if right and part > 0.5 else "strong"
                 size = "" if value < 1000 else ' font-size="9.5"'
                 parts.append(
-                    f'<text class="{tone}" x="{x + cell / 2:.1f}" y="{y + cell / 2 + 4:.1f}" text-anchor="middle"{size}>{value}</text>'
+                    f'<text class="{tone}" x="{x + cell / 2:.1f}" y="{y + cell / 2 + 4:.1f}" text-anchor="middle"'
+                    f"{size}>{value}</text>"
                 )
             parts.append("</g>")
     errors = int(matrix.sum() - np.trace(matrix))
     label = f"Confusion matrix of {count} classes: {int(np.trace(matrix))} right, {errors} wrong"
-    return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width * 1.15:.0f}px;margin:0 auto;min-width:{min(width, 620) * 0.85:.0f}px" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    sides = f"max-width:{width * 1.15:.0f}px;min-width:{min(width, 620) * 0.85:.0f}px;margin:0 auto"
+    size = f"0 0 {width:.0f} {height:.0f}"
+    head = f'<svg viewBox="{size}" style="{sides}" role="img" aria-label="{label}">'
+    return f"{head}{''.join(parts)}</svg>"
 
 
 def short(value: float) -> str:
@@ -197,7 +206,7 @@ def clip(name: str, length: int) -> str:
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
-    """Exponential moving average over about a twentieth of the curve, the start corrected as optimizers do; NaN is skipped."""
+    """Exponential moving average over a twentieth of the curve, the start corrected as in Adam; NaN is skipped."""
     weight = 1 - 1 / max(len(values) / 20, 1.0)
     out, mean, mass = [], 0.0, 0.0
     for value in values:

@@ -44,7 +44,7 @@
     }
     g.save(); g.clip(cells); g.drawImage(layer.member, 0, 0); g.restore();
     g.strokeStyle = EDGE; g.lineWidth = big ? 2 : 1; g.stroke(edges);
-    const keys = head.keys(group), most = Math.min(Math.max(Math.min(w, h) * 0.36, big ? 2 : 1.4), big ? 13 : 6);
+    const keys = block.k < rows * columns + block.prefix ? head.keys(group) : [], most = Math.min(Math.max(Math.min(w, h) * 0.36, big ? 2 : 1.4), big ? 13 : 6);
     for (let i = keys.length - 1; i >= 0; i--) {
       const x = (keys[i] % columns + 0.5) * w, y = (Math.floor(keys[i] / columns) + 0.5) * h;
       g.beginPath(); g.arc(x, y, most * (1 - 0.4 * i / Math.max(keys.length - 1, 1)), 0, 2 * Math.PI);
@@ -120,7 +120,7 @@
       const keys = head.keys(group), reach = keys.filter(k => head.assignment[k] === group).length;
       info.textContent = `${block.label}, head ${state.head + 1}: the token in row ${row + 1}, column ${column + 1} is in group ${group}, ` +
         `with ${head.counts[group]} of ${rows * columns} tokens (an even split would be ${(rows * columns / block.groups).toFixed(1)}). ` +
-        `The group attends to ${block.k} keys; ${reach} of them are its own members.`;
+        (block.k < rows * columns + block.prefix ? `The group attends to ${block.k} keys; ${reach} of them are its own members.` : "With no more tokens than keys, it attends to all of them.");
       canvas.setAttribute("aria-label", info.textContent);
       drawSizes(sizes, head, group, token => { if (token >= 0) { state.x = (token % columns + 0.5) / columns; state.y = (Math.floor(token / columns) + 0.5) / rows; draw(); } });
       if (strip.children.length !== block.heads.length) {

@@ -12,11 +12,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from coterie._version import __version__
 from coterie.engine.files import atomic_write
 from coterie.inspect import page
 from coterie.inspect.figures import block_figure, sizes_figure
@@ -25,6 +25,9 @@ from coterie.inspect.groups import attention_modules, by_block, explain_no_group
 from coterie.inspect.network import Network, View
 from coterie.inspect.page import text
 from coterie.inspect.tiles import data_uri
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAGE = "index.html"
 
@@ -93,16 +96,15 @@ def build_page(network: Network, views: Sequence[tuple[str, View]]) -> str:
             )
         sections.append((f"image-{index + 1}", name, f'<div class="stack">{content}</div>'))
     if network.has_groups:
-        sections.append(("reading", "How to read this", _reading(network)))
+        sections.append(("reading", "How to read this", page.card(READING + ("" if network.trained else UNTRAINED))))
     kicker = (
         "trained network"
         if network.trained
         else "random weights: groups here reflect chance and the picture, nothing learned"
     )
-    footer = f"Written by coterie {text(__version__)}. The file needs nothing else and asks nothing of the network."
     script = page.asset("explore.js") if network.has_groups else ""
     return page.page(
-        f"Groups of {network.name}", _figures(views), sections, kicker=kicker, footer=footer, script=script
+        f"Groups of {network.name}", _figures(views), sections, kicker=kicker, footer=page.FOOTER, script=script
     )
 
 
@@ -113,7 +115,8 @@ def summary(view: View) -> list[str]:
         counts = np.stack([head.counts for head in heads])
         rows, columns = heads[0].grid
         lines.append(
-            f"{heads[0].label:<20} {rows}×{columns} tokens, {len(heads)} heads × {heads[0].groups} groups, {heads[0].selected.shape[1]} keys each; "
+            f"{heads[0].label:<20} {rows}×{columns} tokens, {len(heads)} heads × {heads[0].groups} groups, "
+            f"{heads[0].selected.shape[1]} keys each; "
             f"largest group {counts.max()} tokens, {np.mean(counts == 0):.0%} empty"
         )
     return lines
@@ -159,22 +162,16 @@ def _answer(network: Network, name: str, view: View) -> str:
     )
 
 
-def _reading(network: Network) -> str:
-    chance = (
-        ""
-        if network.trained
-        else "<p>These weights are random. Train first (<code>coterie train</code>), then give the run folder instead of <code>--model</code>.</p>"
-    )
-    return page.card(
-        "<p>In dynamic group attention each token's query joins the group whose centroid is nearest, by content and not by place. "
-        "Each group then chooses one set of keys from the whole image, by its centroid, and all its members attend to exactly these. "
-        "Every head has queries, keys and centroids of its own, so every head groups differently.</p>"
-        "<p>Point at the picture, tap it, or focus it and use the arrow keys. Blue: the tokens in the same group. Orange: the keys the group chose, "
-        f"larger where the centroid finds them more relevant.</p>{chance}"
-    )
+READING = """<p>In dynamic group attention each token's query joins the group whose centroid is nearest, by content
+and not by place. Each group then chooses one set of keys from the whole image, by its centroid, and all its members
+attend to exactly these. Every head has queries, keys and centroids of its own, so every head groups differently.</p>
+<p>Point at the picture, tap it, or focus it and use the arrow keys. Blue: the tokens in the same group. Orange: the
+keys the group chose, larger where the centroid finds them more relevant.</p>"""
+UNTRAINED = """<p>These weights are random. Train first (<code>coterie train</code>), then give the run folder instead
+of <code>--model</code>.</p>"""
 
 
-def _save(figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
     return atomic_write(path, buffer.getvalue())

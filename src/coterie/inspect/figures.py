@@ -1,7 +1,7 @@
 """The PNG files of `coterie inspect`: one sheet per block, one figure of group sizes per network.
 
-A sheet has one row per head. Left: all groups of the head at once, each token in its group's colour. Then the groups that
-show most, each with its members in blue and the keys it chose in orange. Right: how large the groups are.
+A sheet has one row per head. Left: all groups of the head at once, each token in its group's colour. Then the groups
+that show most, each with its members in blue and the keys it chose in orange. Right: how large the groups are.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ def block_figure(picture: np.ndarray, heads: list[StageGroups], groups: int = 5,
 
     first = heads[0]
     rows, columns = first.grid
+    keys = f"{first.selected.shape[1]} keys each. Blue: members. Orange: chosen keys (larger = more relevant)."
+    keys = "every token is a key of every group. Blue: members." if first.attends_to_all else keys
     figure.text(
         left / width, 1 - 0.32 / height, title or first.label, fontsize=13, weight="bold", color=INK, va="center"
     )
     figure.text(
         left / width, 1 - 0.58 / height, va="center", fontsize=8.5, color=MUTED,
         s=f"{first.module or first.label}: {rows}×{columns} tokens, {len(heads)} heads, {first.groups} groups, "
-        f"{first.selected.shape[1]} keys each. Blue: members. Orange: chosen keys (larger = more relevant).",
+        f"{keys}",
     )  # fmt: skip
     for index, head in enumerate(heads):
         y = top + index * (cell_h + gap_y)
@@ -73,7 +75,7 @@ def block_figure(picture: np.ndarray, heads: list[StageGroups], groups: int = 5,
 
 
 def sizes_figure(found: list[StageGroups], title: str = "Group sizes") -> Figure:
-    """How evenly the tokens spread over the groups, per block: every head's sizes relative to an even split, and empty groups."""
+    """How evenly tokens spread over groups in each block: sizes relative to an even split, and empty groups."""
     from matplotlib.figure import Figure
 
     blocks = by_block(found)

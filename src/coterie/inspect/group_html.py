@@ -1,4 +1,4 @@
-"""Groups as HTML: tiles of the groups that show most, the table of group sizes, and the data of the interactive picture."""
+"""Groups as HTML: tiles of those that show most, the table of their sizes, the data of the interactive picture."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from coterie.inspect.page import text
 from coterie.inspect.tiles import data_uri, draw_all_groups, draw_group
 
 LEGEND = (
-    '<span class="member"></span>members of the group &nbsp; <span class="key"></span>keys it chose, larger where more relevant; '
-    "in the coloured pictures each colour is one group"
+    '<span class="member"></span>members of the group &nbsp; <span class="key"></span>keys it chose, '
+    "larger where more relevant; in the coloured pictures each colour is one group"
 )
 
 
-COLUMNS = 4  # of tiles, on a wide screen
+TILES = 8  # of a block: one row or two on a wide screen
 
 
 def block_tiles(picture: np.ndarray, heads: Sequence[StageGroups], name: str, most_heads: int = 4) -> str:
-    """One block: all groups of its first heads side by side, then the groups that show most, from different heads."""
+    """One block in eight tiles: all groups of its first heads side by side, then the groups that show most."""
     tiles = []
-    groups = COLUMNS + (-min(len(heads), most_heads)) % COLUMNS  # fills the rows
+    groups = TILES - min(len(heads), most_heads)
     for head in heads[:most_heads]:
         caption = f"head {head.head + 1}, all {head.groups} groups"
         alt = f"{name}, {head.label}, head {head.head + 1}: every token in the colour of its group"
@@ -33,16 +33,21 @@ def block_tiles(picture: np.ndarray, heads: Sequence[StageGroups], name: str, mo
     for head, group in _showpieces(heads, groups):
         count = int(head.counts[group])
         caption = f"head {head.head + 1}, group {group}: {count} token{'s' if count != 1 else ''}"
-        alt = f"{name}, {head.label}, head {head.head + 1}: the {count} tokens of group {group} and the {head.selected.shape[1]} keys it chose"
+        alt = f"{name}, {head.label}, head {head.head + 1}: group {group}, {count} tokens, and the keys it chose"
         tiles.append(page.picture(data_uri(draw_group(picture, head, group)), alt, caption))
     rows, columns = heads[0].grid
     more = f", {most_heads} of {len(heads)} heads shown" if len(heads) > most_heads else ""
-    line = f"{text(heads[0].label)} <span class='muted'>· {rows}×{columns} tokens, {heads[0].selected.shape[1]} keys a group{more}</span>"
+    keys = (
+        "every token a key of every group" if heads[0].attends_to_all else f"{heads[0].selected.shape[1]} keys a group"
+    )
+    about = f"{rows}×{columns} tokens, {keys}{more}"
+    line = f"{text(heads[0].label)} <span class='muted'>· {about}</span>"
     return f'<div class="block"><h3>{line}</h3><div class="tiles">{"".join(tiles)}</div></div>'
 
 
 def pick_blocks(blocks: Sequence[list[StageGroups]], count: int = 3) -> list[list[StageGroups]]:
-    """The first block of each stage and the last of all, at most `count`, in order."""
+    """The first block of each stage and the last of all, at most `count`, in order; where keys are chosen if any."""
+    blocks = [heads for heads in blocks if not heads[0].attends_to_all] or blocks
     stages = [block[0].stage for block in blocks]
     chosen = sorted({stages.index(stage) for stage in set(stages)} | {len(blocks) - 1})
     if len(chosen) > count:
@@ -61,12 +66,20 @@ def sizes_table(found: Sequence[StageGroups]) -> str:
         chosen = np.mean(
             [len(np.unique(head.selected[head.counts > 0])) / max(len(head.assignment), 1) for head in heads]
         )
+        first = heads[0]
         rows.append(
             [
-                text(heads[0].label), f"{heads[0].grid[0]}×{heads[0].grid[1]}", str(len(heads)), str(groups), str(heads[0].selected.shape[1]),
-                f"{tokens / groups:.1f}", f"{largest} ({largest / max(tokens, 1):.0%})", f"{empty:.0%}{page.meter(empty, 'miss')}", f"{chosen:.0%}{page.meter(float(chosen))}",
+                text(first.label),
+                f"{first.grid[0]}×{first.grid[1]}",
+                str(len(heads)),
+                str(groups),
+                str(first.selected.shape[1]),
+                f"{tokens / groups:.1f}",
+                f"{largest} ({largest / max(tokens, 1):.0%})",
+                f"{empty:.0%}{page.meter(empty, 'miss')}",
+                f"{chosen:.0%}{page.meter(float(chosen))}",
             ]
-        )  # fmt: skip
+        )
     head = [
         "block",
         "tokens",
@@ -96,8 +109,8 @@ def explorer(picture: np.ndarray, found: Sequence[StageGroups], name: str) -> st
         ]
         blocks.append(
             {
-                "label": first.label, "grid": list(first.grid), "prefix": first.prefix, "groups": first.groups, "k": int(first.selected.shape[1]),
-                "group_bits": group_bits, "key_bits": key_bits, "heads": packed,
+                "label": first.label, "grid": list(first.grid), "prefix": first.prefix, "groups": first.groups,
+                "k": int(first.selected.shape[1]), "group_bits": group_bits, "key_bits": key_bits, "heads": packed,
             }
         )  # fmt: skip
     data = json.dumps({"blocks": blocks}, separators=(",", ":")).replace("<", "\\u003c")
@@ -105,7 +118,8 @@ def explorer(picture: np.ndarray, found: Sequence[StageGroups], name: str) -> st
     return (
         f'<div class="explorer"><img src="{data_uri(Image.fromarray(picture))}" alt="{text(alt)}">'
         f'<script type="application/json">{data}</script>'
-        "<noscript><p class=note>Pointing at tokens needs JavaScript. The pictures below and the PNG files show the groups too.</p></noscript></div>"
+        "<noscript><p class=note>Pointing at tokens needs JavaScript. The pictures below and the PNG files show groups "
+        "too.</p></noscript></div>"
     )
 
 

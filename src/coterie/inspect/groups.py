@@ -1,8 +1,8 @@
 """Reads the groups of dynamic group attention out of a network while it looks at one image.
 
-Every module with a method `groups_of(x, mask=None) -> (assignment, selected)` is asked, on the very input it gets in the
-forward pass, which group each of its queries falls into and which keys each group chose. So what is shown is what the
-network does, whatever surrounds the attention (a DGT, or a Vision Transformer after `coterie.replace_attention`).
+Every module with a method `groups_of(x, mask=None) -> (assignment, selected)` is asked, on the very input it gets in
+the forward pass, which group each of its queries falls into and which keys each group chose. So what is shown is what
+the network does, whatever surrounds the attention (a DGT, or a ViT after `coterie.replace_attention`).
 
     image (3, H, W) --network--> module "stages.0.blocks.0.attn" sees x (1, h, w, dim)
                                    groups_of(x): assignment (1, heads, h*w), selected (1, heads, groups, k)
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -47,6 +49,11 @@ class StageGroups:
         return len(self.counts)
 
     @property
+    def attends_to_all(self) -> bool:
+        """Whether there are no more tokens than keys to choose, so that every group chooses all of them."""
+        return self.selected.shape[1] >= len(self.assignment)
+
+    @property
     def label(self) -> str:
         """What a person calls this block: 'stage 1, block 1'."""
         return f"stage {self.stage + 1}, block {self.block + 1}"
@@ -57,20 +64,19 @@ class StageGroups:
         return cells[cells >= 0]
 
     def keys(self, group: int) -> np.ndarray:
-        """Cells of the grid that `group` chose as keys, most relevant first. Prefix tokens have no cell and are left out."""
+        """Cells that `group` chose as keys, most relevant first. Prefix tokens have no cell and are left out."""
         cells = self.selected[group] - self.prefix
         return cells[cells >= 0]
 
 
 def attention_modules(model: nn.Module) -> tuple[list[str], Counter[str]]:
     """Names of the modules whose groups can be shown, and how many other attention modules there are of each class."""
-    with_groups, others = [], Counter()
+    with_groups: list[str] = []
+    others: Counter[str] = Counter()
     for name, module in _modules(model):
         if callable(getattr(module, "groups_of", None)):
             with_groups.append(name)
-        elif hasattr(module, "patterns") and hasattr(module, "grid_dims"):
-            others[type(module).__name__] += 1
-        elif type(module).__name__.endswith("Attention") and any(True for _ in module.parameters()):
+        elif hasattr(module, "patterns") or _looks_like_attention(module):
             others[type(module).__name__] += 1
     return with_groups, others
 
@@ -122,7 +128,8 @@ def look(model: nn.Module, image: Tensor) -> tuple[list[StageGroups], Tensor]:
         places = _places([name for name, *_ in seen])
         for (name, module, x, mask), (stage, block) in zip(seen, places, strict=True):
             grid, prefix = _grid_of(x, height, width, name, model)
-            assignment, selected = module.groups_of(x) if mask is None else module.groups_of(x, mask)
+            groups_of = cast(Callable[..., tuple[Tensor, Tensor]], module.groups_of)
+            assignment, selected = groups_of(x) if mask is None else groups_of(x, mask)
             groups = selected.shape[2]
             for head in range(assignment.shape[1]):
                 own = assignment[0, head].cpu().numpy()
@@ -140,8 +147,8 @@ def look(model: nn.Module, image: Tensor) -> tuple[list[StageGroups], Tensor]:
 def interest(head: StageGroups) -> np.ndarray:
     """How much there is to see in each group, (groups,) float: large groups that hold together in the image come first.
 
-    The square root of the group's share of all tokens, times the share of its 4-neighbour edges that stay inside the group
-    (plus a quarter, so that scattered groups are not lost). Empty groups have 0.
+    The square root of the group's share of all tokens, times the share of its 4-neighbour edges that stay inside the
+    group (plus a quarter, so that scattered groups are not lost). Empty groups have 0.
     """
     rows, columns = head.grid
     cells = head.assignment[head.prefix : head.prefix + rows * columns].reshape(rows, columns)
@@ -183,6 +190,11 @@ def by_block(found: list[StageGroups]) -> list[list[StageGroups]]:
     return list(blocks.values())
 
 
+def _looks_like_attention(module: nn.Module) -> bool:
+    """For networks that are not ours: named so, with parameters of its own."""
+    return type(module).__name__.endswith("Attention") and next(module.parameters(), None) is not None
+
+
 def _unwrap(model: nn.Module) -> nn.Module:
     """The eager module inside torch.compile's or DistributedDataParallel's wrapper: forward hooks run there."""
     for attribute in ("_orig_mod", "module"):
@@ -192,12 +204,14 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _modules(model: nn.Module):
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return _unwrap(model).named_modules()
 
 
-def _recorder(name: str, seen: list):
-    def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _recorder(name: str, seen: list[Any]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    """A forward pre-hook that keeps what a module is called with."""
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("x")
         context = args[1] if len(args) > 1 else kwargs.get("context")
         if context is None and isinstance(x, Tensor):  # cross-attention: the keys are not in this image
@@ -215,16 +229,14 @@ def _check_image(image: Tensor) -> Tensor:
     if image.ndim == 3:
         image = image[None]
     if image.ndim != 4 or image.shape[0] != 1 or 0 in image.shape:
-        raise ValueError(
-            f"image: got shape {tuple(image.shape)}, takes one image: (channels, height, width) or (1, channels, height, width)"
-        )
+        raise ValueError(f"image: got shape {tuple(image.shape)}, takes one image: ([1,] channels, height, width)")
     if not torch.isfinite(image).all():
         raise ValueError("image: holds NaN or infinity; check the picture and its normalisation")
     return image
 
 
 def _places(names: list[str]) -> list[tuple[int, int]]:
-    """(stage, block) of each module. The numbers in its dotted name say so ('stages.2.blocks.5.attn'); else it is counted."""
+    """(stage, block) of each module, by the numbers in its dotted name ('stages.2.blocks.5.attn'), else counted."""
     numbers = [[int(n) for n in re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)] for name in names]
     if all(len(n) >= 2 for n in numbers) and len({tuple(n[:2]) for n in numbers}) == len(names):
         return [(n[0], n[1]) for n in numbers]
@@ -239,7 +251,7 @@ def _grid_of(x: Tensor, height: int, width: int, name: str, model: nn.Module) ->
         return (x.shape[1], x.shape[2]), 0
     if x.ndim != 3:
         raise ValueError(
-            f"{name}: its tokens have shape {tuple(x.shape)}; groups can be drawn for (1, tokens, dim) and (1, rows, columns, dim)"
+            f"{name}: its tokens have shape {tuple(x.shape)}; groups are drawn for (1, [rows,] tokens, dim)"
         )
     tokens = x.shape[1]
     known = getattr(_unwrap(model), "num_prefix_tokens", None)

@@ -1,8 +1,8 @@
 """A network with what is needed to show it pictures: a trained run, or a bare model name with random weights.
 
-Pictures are shown whole, in their own proportions: the short side is brought to the size of training, both sides to multiples of the
-network's largest stride, so that the cells of every token grid lie exactly on the picture. (Training and `coterie predict` see a
-square cut from the middle.) A network that takes one size only gets that square.
+Pictures are shown whole, in their own proportions: the short side is brought to the size of training, both sides to
+multiples of the network's largest stride, so that the cells of every token grid lie exactly on the picture. (Training
+and `coterie predict` see a square cut from the middle.) A network that takes one size only gets that square.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Network:
 
         if min(image.size) < 1 or max(image.size) > LARGEST_RATIO * min(image.size):
             raise ValueError(
-                f"a picture of {image.width}×{image.height} pixels cannot be shown; takes sides up to 1:{LARGEST_RATIO}"
+                f"a picture of {image.width}x{image.height} pixels cannot be shown; takes sides up to 1:{LARGEST_RATIO}"
             )
         image = to_mode(image, self.channels)
         height, width = self.size
@@ -90,11 +90,12 @@ def open_run(run_dir: str | Path) -> Network:
     from coterie.engine import load_run
 
     run = load_run(check_run(run_dir))
-    how = run.source.transform  # settled by training: nothing in it is left open
-    return Network(
-        run.model.eval(), run.config.model.name, _pair(how.image_size), run.source.channels,
-        tuple(how.mean), tuple(how.std), list(run.source.classes), trained=True,
-    )  # fmt: skip
+    how = run.source.transform
+    if how.image_size is None or how.mean is None or how.std is None:
+        raise ValueError(f"run: {run_dir} does not say how its pictures were prepared (source.json is incomplete)")
+    size = (how.image_size, how.image_size) if isinstance(how.image_size, int) else how.image_size
+    name, channels, classes = run.config.model.name, run.source.channels, list(run.source.classes)
+    return Network(run.model.eval(), name, size, channels, how.mean, how.std, classes, trained=True)
 
 
 def open_model(name: str, size: int | None = None) -> Network:
@@ -140,10 +141,6 @@ def open_image(path: str | Path) -> Image.Image:
         return decode_image(path.read_bytes(), 3, str(path))
     except BadSample as error:
         raise ValueError(f"image: {error}") from error
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _takes_one_size(model: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from importlib.resources import files
 
 from coterie._version import __version__
 
-
+FOOTER = f"Written by coterie {__version__}. The file needs nothing else and asks nothing of the network."
 TALL_ROWS = 24  # a longer table scrolls inside its own box
 
 
@@ -48,7 +48,8 @@ def page(
     )
     links = "".join(f'<a href="#{anchor}">{text(heading)}</a>' for anchor, heading, _ in sections)
     body = "".join(
-        f'<section id="{anchor}" aria-labelledby="{anchor}-h"><h2 id="{anchor}-h">{text(heading)}</h2>{content}</section>'
+        f'<section id="{anchor}" aria-labelledby="{anchor}-h"><h2 id="{anchor}-h">{text(heading)}</h2>'
+        f"{content}</section>\n"
         for anchor, heading, content in sections
     )
     return f"""<!doctype html>
@@ -65,7 +66,10 @@ def page(
 </head>
 <body>
 <header><div class="wrap">
-<div class="top"><div class="brand"><small>{text(kicker)}</small><h1>{text(title)}</h1></div><dl class="figures">{numbers}</dl></div>
+<div class="top">
+<div class="brand"><small>{text(kicker)}</small><h1>{text(title)}</h1></div>
+<dl class="figures">{numbers}</dl>
+</div>
 <nav aria-label="Sections">{links}</nav>
 </div></header>
 <main class="wrap">
@@ -104,7 +108,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str) -> str
     top = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
     lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
     tall = " tall" if len(lines) > TALL_ROWS else ""
-    return f'<div class="scroll{tall}" tabindex="0" role="region" aria-label="{text(label)}"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    content = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f'<div class="scroll{tall}" tabindex="0" role="region" aria-label="{text(label)}">{content}</div>'
 
 
 def pairs(rows: Iterable[tuple[str, object]]) -> str:
@@ -122,7 +127,8 @@ def meter(share: float, kind: str = "") -> str:
 def picture(uri: str, alt: str, caption: str = "", pixelated: bool = False) -> str:
     """An embedded image with its description and an optional caption (HTML)."""
     shown = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f'<figure><img src="{uri}" alt="{text(alt)}" loading="lazy"{" class=pixelated" if pixelated else ""}>{shown}</figure>'
+    kind = " class=pixelated" if pixelated else ""
+    return f'<figure><img src="{uri}" alt="{text(alt)}" loading="lazy"{kind}>{shown}</figure>'
 
 
 def details(summary: str, content: str, opened: bool = False) -> str:

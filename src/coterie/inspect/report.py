@@ -1,7 +1,7 @@
 """report.html of a training run: what came out, how it got there, where it fails, and how to run it again.
 
-The page reads the run folder; for example pictures it opens the data, for group pictures it loads the model. Whatever of
-this is missing is said on the page in its place, and the rest stands. Nothing on the page points outside it.
+The page reads the run folder; for example pictures it opens the data, for group pictures it loads the model. Whatever
+of this is missing is said on the page in its place, and the rest stands. Nothing on the page points outside it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coterie._version import __version__
 from coterie.engine.files import atomic_write
 from coterie.inspect import page
 from coterie.inspect.charts import Series, line_chart, short, smooth
@@ -52,8 +51,11 @@ def build_report(run: Run, source: Any | None, network: Network | None) -> str:
             ("examples", "Examples", examples_section(run.predictions, classes, source)),
         ]
     else:
-        resume = f"coterie train --config {shlex.quote((run.folder / CONFIG).as_posix())} --resume"
-        message = f"There are no predictions of the test split, so no confusion matrix and no examples. They are written when training ends; a run that was stopped goes on with: {resume}"
+        resume = f"coterie train --resume {shlex.quote(run.folder.as_posix())}"
+        message = (
+            "There are no predictions of the test split, so no confusion matrix and no examples. They are written when "
+            f"training ends; a run that was stopped goes on with: {resume}"
+        )
         sections.append(("results", "Results", page.note(message)))
     if network is not None:
         sections.append(("groups", "Groups", groups_section(network, run, classes, source)))
@@ -62,8 +64,7 @@ def build_report(run: Run, source: Any | None, network: Network | None) -> str:
     kicker = " · ".join(
         str(p) for p in (run.setting("model.name"), run.source.get("name") or run.data, "training report") if p
     )
-    footer = f"Written by coterie {page.text(__version__)} from <code>{page.text(run.folder.name)}</code>. The file needs nothing else and asks nothing of the network."
-    return page.page(run.folder.resolve().name, headline(run, network), sections, kicker=kicker, footer=footer)
+    return page.page(run.folder.resolve().name, headline(run, network), sections, kicker=kicker, footer=page.FOOTER)
 
 
 def headline(run: Run, network: Network | None = None) -> list[tuple[str, str]]:
@@ -95,12 +96,13 @@ def headline(run: Run, network: Network | None = None) -> list[tuple[str, str]]:
 
 def training_seconds(run: Run) -> float:
     """Time spent in training steps, evaluations aside: from the logged speeds, so that breaks do not count."""
-    size, seconds, before = run.setting("train.batch_size"), 0.0, 0
+    size, seconds, before = run.setting("train.batch_size"), 0.0, 0.0
     for event in run.train:
         step, speed = event.get("step"), event.get("images_per_s")
-        if _number(size) and _number(step) and _number(speed) and speed > 0:
-            seconds += (step - before) * size / speed
-        before = step if _number(step) else before
+        if isinstance(step, int | float) and _number(step):
+            if _number(size) and isinstance(speed, int | float) and speed > 0:
+                seconds += (step - before) * size / speed
+            before = step
     return seconds
 
 
@@ -112,7 +114,8 @@ def _overview(run: Run, classes: Sequence[str]) -> str:
     if classes:
         sentence += f" ({len(classes)} class{'es' if len(classes) != 1 else ''})"
     if run.setting("train.epochs"):
-        sentence += f" for {page.text(run.setting('train.epochs'))} epochs, {page.text(run.setting('train.batch_size', '?'))} images a step, learning rate {page.text(run.setting('optim.lr', '?'))}"
+        size, rate = run.setting("train.batch_size", "?"), run.setting("optim.lr", "?")
+        sentence += page.text(f" for {run.setting('train.epochs')} epochs, {size} images a step, learning rate {rate}")
     out = page.lede(sentence + ".")
     found = run.predictions
     if found is not None:
@@ -124,7 +127,8 @@ def _overview(run: Run, classes: Sequence[str]) -> str:
     losses = [e.get("loss") for e in run.train]
     if any(isinstance(loss, float) and not math.isfinite(loss) for loss in losses):
         warnings.append(
-            "The training loss became NaN or infinite. A lower learning rate, a longer warm-up or gradient clipping usually helps."
+            "The training loss became NaN or infinite. A lower learning rate, a longer warm-up or gradient clipping "
+            "usually helps."
         )
     return out + "".join(page.note(message, warn=True) for message in warnings)
 
@@ -242,7 +246,8 @@ def _data(run: Run, classes: Sequence[str], source: Any | None) -> str:
         .replace('<th scope="col">', '<th scope="col" class="left">')
     )
     more = f" The first {len(listed)} are listed." if len(bad) > len(listed) else ""
-    sentence = f"{len(bad)} sample{'s' if len(bad) != 1 else ''} could not be read and {'were' if len(bad) != 1 else 'was'} left out.{more}"
+    count = "1 sample" if len(bad) == 1 else f"{len(bad)} samples"
+    sentence = f"{count} could not be read and {'was' if len(bad) == 1 else 'were'} left out.{more}"
     return f'<div class="stack">{out}{page.note(sentence, warn=True)}{page.card(table, "Unreadable samples")}</div>'
 
 

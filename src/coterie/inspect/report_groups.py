@@ -30,7 +30,7 @@ def groups_section(network: Network, run: Run, classes: Sequence[str], source: A
         view = network.look(image)
         if not view.found:
             continue
-        answer = f"test sample {index}"
+        answer = classes[int(source.splits["test"].labels[index])] if source is not None else f"test sample {index}"
         if run.predictions is not None and index in (indices := run.predictions.indices.tolist()):
             row = indices.index(index)
             label, said = int(run.predictions.labels[row]), int(run.predictions.predicted[row])
@@ -40,19 +40,20 @@ def groups_section(network: Network, run: Run, classes: Sequence[str], source: A
         tiles = "".join(
             block_tiles(view.picture, heads, f"{answer} ({name})") for heads in pick_blocks(by_block(view.found))
         )
-        parts.append(page.card(tiles, answer))
+        parts.append(page.card(f'<div class="small-tiles">{tiles}</div>', answer))
         table = table or sizes_table(view.found)
     if not parts:
         return page.note("There is no test image at hand to show groups on. For any picture: coterie inspect RUN IMAGE")
     lead = page.lede(
-        f"{LEGEND}. For every block and head, and your own pictures: <code>coterie inspect {text(run.folder.name)} IMAGE</code>"
+        f"{LEGEND}. For every block and head, and for your own pictures: "
+        f"<code>coterie inspect {text(run.folder.as_posix())} IMAGE</code>"
     )
     sizes = page.card(table, "Group sizes on the first of these images")
     return f'{lead}<div class="stack">{"".join(parts)}{sizes}</div>'
 
 
 def choose_samples(run: Run, source: Any | None) -> list[int]:
-    """Indices of test samples worth a look: a sure right answer, one of another class, and a mistake if there is one."""
+    """Test samples worth a look: a sure right answer, one of another class, and a mistake if there is one."""
     found = run.predictions
     if found is None:
         return (

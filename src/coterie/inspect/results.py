@@ -34,10 +34,12 @@ def confusion_section(found: Predictions, classes: Sequence[str]) -> str:
     pairs = _confused_pairs(matrix)
     chart = ""
     if len(classes) <= MATRIX_CLASSES:
-        chart = f'<div class="scroll" tabindex="0" role="region" aria-label="Confusion matrix">{confusion_chart(matrix, classes)}</div>'
+        drawn = confusion_chart(matrix, classes)
+        chart = f'<div class="scroll" tabindex="0" role="region" aria-label="Confusion matrix">{drawn}</div>'
         chart = page.card(
             chart
-            + '<p class="muted small">Blue: right, by share of the class. Orange: errors, stronger than their share so that rare ones show.</p>'
+            + '<p class="muted small">Blue: right, by share of the class. Orange: errors, drawn stronger than their '
+            "share so that rare ones show.</p>"
         )
     if not pairs:
         return chart + page.note("No test sample was misclassified.")
@@ -59,7 +61,7 @@ def confusion_section(found: Predictions, classes: Sequence[str]) -> str:
             page.lede(f"{len(classes)} classes: the {len(rows)} pairs that are confused most, of {len(pairs)}.")
             + listing
         )
-    return f'<div class="cards" style="grid-template-columns:repeat(auto-fit,minmax(min(430px,100%),1fr));align-items:start">{chart}{listing}</div>'
+    return f'<div class="cards wide">{chart}{listing}</div>'
 
 
 def classes_section(found: Predictions, classes: Sequence[str]) -> str:
@@ -95,7 +97,8 @@ def classes_section(found: Predictions, classes: Sequence[str]) -> str:
             page.table(head, rows[ROWS_SHOWN:], "Figures of the other classes"),
         )
     return page.lede(
-        f"Weakest first. Recall is the accuracy within the class; precision is how often the answer is right when given.{remark}"
+        "Weakest first. Recall is the accuracy within the class; precision is how often the answer is right when "
+        f"given.{remark}"
     ) + page.card(shown)
 
 
@@ -117,7 +120,8 @@ def examples_section(found: Predictions, classes: Sequence[str], source: Any | N
         best = _spread(right[np.argsort(-truth[right], kind="stable")], found.labels, EXAMPLES // 2)
         parts.append(f"<div><h3>Barely right</h3>{_gallery(narrow, found, classes, source)}</div>")
         parts.append(
-            f"<div><h3>Best</h3>{page.lede('Right and sure, from different classes where there are several.')}{_gallery(best, found, classes, source)}</div>"
+            f"<div><h3>Best</h3>{page.lede('Right and sure, from different classes where there are several.')}"
+            f"{_gallery(best, found, classes, source)}</div>"
         )
     return f'<div class="stack">{"".join(parts)}</div>'
 
@@ -134,7 +138,7 @@ def sample_picture(source: Any | None, index: int) -> tuple[Image.Image | None, 
     return sample.image, str(sample.name)
 
 
-def _gallery(chosen: Int[np.ndarray, "shown"], found: Predictions, classes: Sequence[str], source: Any | None) -> str:
+def _gallery(chosen: Int[np.ndarray, " shown"], found: Predictions, classes: Sequence[str], source: Any | None) -> str:
     return f'<div class="examples">{"".join(_example(int(i), found, classes, source) for i in chosen)}</div>'
 
 
@@ -148,7 +152,10 @@ def _example(row: int, found: Predictions, classes: Sequence[str], source: Any |
         tiny = max(image.size) <= 64
         image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         alt = f"test sample {found.indices[row]}, true class {classes[label]}, predicted {classes[said]}"
-        shot = f'<img class="shot{" pixelated" if tiny else ""}" src="{data_uri(image)}" alt="{text(alt)}" title="{text(name)}" loading="lazy">'
+        shot = (
+            f'<img class="shot{" pixelated" if tiny else ""}" src="{data_uri(image)}" alt="{text(alt)}" '
+            f'title="{text(name)}" loading="lazy">'
+        )
     order = list(np.argsort(-found.probabilities[row], kind="stable")[:3])
     if label not in order:
         order[-1] = label
@@ -156,7 +163,8 @@ def _example(row: int, found: Predictions, classes: Sequence[str], source: Any |
     for index in order:
         chance = float(found.probabilities[row, index])
         kind = " truth" if index == label else " wrong" if index == said else ""
-        bars += f'<div class="prob{kind}"><span>{text(classes[index])}</span><span>{_chance(chance)}</span>{page.meter(chance)}</div>'
+        figures = f"<span>{text(classes[index])}</span><span>{_chance(chance)}</span>{page.meter(chance)}"
+        bars += f'<div class="prob{kind}">{figures}</div>'
     verdict = (
         text(classes[label])
         if said == label
@@ -166,8 +174,8 @@ def _example(row: int, found: Predictions, classes: Sequence[str], source: Any |
 
 
 def _spread(
-    order: Int[np.ndarray, "samples"], labels: Int[np.ndarray, "samples"], count: int
-) -> Int[np.ndarray, "shown"]:
+    order: Int[np.ndarray, " samples"], labels: Int[np.ndarray, " samples"], count: int
+) -> Int[np.ndarray, " shown"]:
     """The first of each class in turn, in the given order, then the rest."""
     _, first = np.unique(labels[order], return_index=True)
     lead = np.sort(first)[:count]

@@ -1,7 +1,8 @@
 """Reads a run folder for the report, whatever is missing from it.
 
-A run that was killed has no predictions, perhaps half a last line in its log; a run on another machine has no data. Each
-piece that cannot be read becomes a sentence in `Run.notes` and an empty value; only a folder that is no run is an error.
+A run that was killed has no predictions, perhaps half a last line in its log; a run from another machine has no data.
+Each piece that cannot be read becomes a sentence in `Run.notes` and an empty value; only a folder that is no run is an
+error.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ class Predictions:
     """What the network said about the test split."""
 
     probabilities: Float[np.ndarray, "samples classes"]
-    labels: Int[np.ndarray, "samples"]
-    indices: Int[np.ndarray, "samples"]
+    labels: Int[np.ndarray, " samples"]
+    indices: Int[np.ndarray, " samples"]
 
     @property
-    def predicted(self) -> Int[np.ndarray, "samples"]:
+    def predicted(self) -> Int[np.ndarray, " samples"]:
         """The class with the highest probability."""
         return self.probabilities.argmax(axis=1)
 
@@ -81,7 +82,7 @@ class Run:
         return spec if isinstance(spec, str) else None
 
     def _ordered(self, kind: str) -> list[dict[str, Any]]:
-        # A resumed run logs again the steps between its last checkpoint and the kill: the later line is the one that counts.
+        # A resumed run may log again the steps between its last checkpoint and the kill: the later line counts.
         by_step = {e.get("step", i): e for i, e in enumerate(self.events) if e.get("event") == kind}
         return [by_step[step] for step in sorted(by_step, key=lambda s: s if isinstance(s, int | float) else math.inf)]
 
@@ -110,7 +111,8 @@ def check_run(folder: str | Path) -> Path:
     if not any((folder / name).is_file() for name in (LOG, CONFIG)):
         inside = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
         raise ValueError(
-            f"run: {folder} is not a run folder (it holds {inside}); takes a folder with {CONFIG} and {LOG}, as `coterie train` writes it"
+            f"run: {folder} is not a run folder (it holds {inside}); "
+            f"takes a folder with {CONFIG} and {LOG}, as `coterie train` writes it"
         )
     return folder
 
@@ -172,7 +174,8 @@ def _read_log(run: Run) -> None:
             broken += 1
     if broken:
         run.notes.append(
-            f"{LOG}: {broken} line{'s' if broken > 1 else ''} could not be read (a killed run can leave half a line) and {'were' if broken > 1 else 'was'} left out."
+            f"{LOG}: left out {broken} line{'s' if broken > 1 else ''} that could not be read "
+            "(a killed run can leave half a line)."
         )
 
 
@@ -195,13 +198,15 @@ def _read_predictions(run: Run) -> None:
         or not len(labels)
     ):
         run.notes.append(
-            f"{PREDICTIONS} does not fit together: probabilities {probabilities.shape}, labels {labels.shape}, indices {indices.shape}."
+            f"{PREDICTIONS} does not fit together: probabilities {probabilities.shape}, labels {labels.shape}, "
+            f"indices {indices.shape}."
         )
         return
     inside = (labels >= 0) & (labels < probabilities.shape[1]) & np.isfinite(probabilities).all(axis=1)
     if not inside.all():
         run.notes.append(
-            f"{PREDICTIONS}: {int((~inside).sum())} samples with a label out of range or a probability that is no number were left out."
+            f"{PREDICTIONS}: left out {int((~inside).sum())} of {len(inside)} samples, "
+            "whose label is out of range or whose probability is no number."
         )
     if inside.any():
         run.predictions = Predictions(probabilities[inside], labels[inside], indices[inside])

@@ -1,7 +1,7 @@
 """Small pictures of groups: the image with a group's tokens tinted blue and the keys it chose marked with orange dots.
 
-Everything is numpy and Pillow: (height, width, 3) uint8 arrays in, arrays out. A token is a cell of the grid laid over the
-image; tiles are drawn at `side` pixels on the long edge, so that a digit of 8x8 pixels and a photograph look alike.
+Everything is numpy and Pillow: (height, width, 3) uint8 arrays in, arrays out. A token is a cell of the grid laid over
+the image; tiles are drawn at `side` pixels on the long edge, so that a digit of 8x8 pixels and a photograph look alike.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def cell_of_pixel(grid: tuple[int, int], height: int, width: int) -> np.ndarray:
 def draw_group(picture: np.ndarray, head: StageGroups, group: int, side: int = 224) -> np.ndarray:
     """One group: its members tinted and outlined, the rest of the image pale and grey, the chosen keys as dots.
 
-    A dot is large for the most relevant keys and small for the last ones.
+    A dot is large for the most relevant keys and small for the last ones. Where every token is a key there are no dots.
     """
     base = enlarge(picture, side).astype(np.float32)
     height, width = base.shape[:2]
@@ -66,7 +66,7 @@ def draw_group(picture: np.ndarray, head: StageGroups, group: int, side: int = 2
     grey = base.mean(axis=2, keepdims=True)
     out = np.where(inside[..., None], 0.52 * base + 0.48 * np.array(MEMBER), 0.42 * grey + 0.58 * 236).astype(np.uint8)
     out[_outline(inside)] = (24, 62, 160)
-    return _mark_keys(out, head.keys(group), head.grid)
+    return out if head.attends_to_all else _mark_keys(out, head.keys(group), head.grid)
 
 
 def draw_all_groups(picture: np.ndarray, head: StageGroups, side: int = 224) -> np.ndarray:
