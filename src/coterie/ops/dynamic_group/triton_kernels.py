@@ -16,10 +16,11 @@ No atomics: each sum has one order, so that results are the same bits every time
 `selected`, few beside the queries, and partial sums of at most a quarter as many rows as there are queries, plus one
 list a group. Atomic additions would save both, but all groups like the same few large keys, and there atomics queue.
 
-Scores are in units of log 2 (exp2 is the hardware's), products of float32 are exact ("ieee"), sums are float32. Keys
-that are masked, or outside [0, keys) as the -1 of a padded list, count as absent; a query without keys gets zeros and a
-log-sum-exp of -inf. Block sizes come from `choose_blocks`, by rule and not by trial, so that results do not depend on
-a measurement. The tiling follows FlashAttention-2 (arXiv 2307.08691).
+Products of float32 are exact ("ieee") and sums are float32. Scores stay in natural units: exp2 of scores times log2 e
+would save a multiplication, but the rounding of the log-sum-exp in other units doubles the error of float32 gradients.
+Keys that are masked, or outside [0, keys) as the -1 of a padded list, count as absent; a query without keys gets zeros
+and a log-sum-exp of -inf. Block sizes come from `choose_blocks`, by rule and not by trial, so that results do not
+depend on a measurement. The tiling follows FlashAttention-2 (arXiv 2307.08691).
 """
 
 import contextlib
@@ -33,8 +34,6 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 FUSED = {"enable_fp_fusion": True}  # multiply-adds in one instruction, also where Triton no longer does so by itself
 REDUCED, REDUCE_STEP = 256, 8  # numbers of dk that a program of the reduction sums up, partial sums it loads at once
 
@@ -149,12 +148,12 @@ def _forward_kernel(
         index, valid = _keys(selected, key_mask, segment, batch, block, count, keys, BLOCK_N)
         k = _rows(key, index, valid, k_token, k_dim, HEAD_DIM, BLOCK_D)
         v = _rows(value, index, valid, v_token, v_dim, VALUE_DIM, BLOCK_V)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         score = tl.where(valid[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far: -inf - 0, as -inf - -inf is NaN
-        weight = tl.exp2(score - shift[:, None])
-        decay = tl.exp2(top - shift)
+        weight = tl.exp(score - shift[:, None])
+        decay = tl.exp(top - shift)
         total = total * decay + tl.sum(weight, 1)
         mean = tl.dot(weight.to(v.dtype), v, mean * decay[:, None], input_precision="ieee")
         top = higher
@@ -162,7 +161,7 @@ def _forward_kernel(
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     _store_rows(output, flat, exists, mean / total[:, None], VALUE_DIM, BLOCK_V)
-    tl.store(logsumexp + flat, tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2), mask=exists)
+    tl.store(logsumexp + flat, tl.where(empty, float("-inf"), top + tl.log(total)), mask=exists)
 
 
 @_kernel
@@ -185,7 +184,7 @@ def _query_gradient_kernel(
     y = _rows(output, flat, exists, VALUE_DIM, 1, VALUE_DIM, BLOCK_V)
     d = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
     tl.store(delta + flat, d, mask=exists)
-    norm = tl.load(logsumexp + flat, mask=exists, other=0.0) * LOG2E
+    norm = tl.load(logsumexp + flat, mask=exists, other=0.0)
     key += batch * k_batch + head * k_head
     value += batch * v_batch + head * v_head
 
@@ -194,8 +193,8 @@ def _query_gradient_kernel(
         index, valid = _keys(selected, key_mask, segment, batch, block, count, keys, BLOCK_N)
         k = _rows(key, index, valid, k_token, k_dim, HEAD_DIM, BLOCK_D)
         v = _rows(value, index, valid, v_token, v_dim, VALUE_DIM, BLOCK_V)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-        weight = tl.exp2(tl.where(valid[None, :], score - norm[:, None], float("-inf")))
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        weight = tl.exp(tl.where(valid[None, :], score - norm[:, None], float("-inf")))
         dweight = tl.dot(g, tl.trans(v), input_precision="ieee")
         dscore = weight * (dweight - d[:, None])
         dq = tl.dot(dscore.to(k.dtype), k, dq, input_precision="ieee")
@@ -231,11 +230,11 @@ def _key_gradient_kernel(
         flat, token, exists = _queries(order, place, end, lane, queries, BLOCK_M)
         q = _rows(query, token, exists, q_token, q_dim, HEAD_DIM, BLOCK_D)
         g = _rows(grad, token, exists, g_token, g_dim, VALUE_DIM, BLOCK_V)
-        norm = tl.load(logsumexp + flat, mask=exists, other=0.0) * LOG2E
+        norm = tl.load(logsumexp + flat, mask=exists, other=0.0)
         d = tl.load(delta + flat, mask=exists, other=0.0)
-        score = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
+        score = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
         allowed = valid[:, None] & exists[None, :]
-        weight = tl.exp2(tl.where(allowed, score - norm[None, :], float("-inf")))
+        weight = tl.exp(tl.where(allowed, score - norm[None, :], float("-inf")))
         dv = tl.dot(weight.to(g.dtype), g, dv, input_precision="ieee")
         dweight = tl.dot(v, tl.trans(g), input_precision="ieee")
         dscore = weight * (dweight - d[None, :])
