@@ -47,7 +47,7 @@ def dynamic_groups(
 
     Returns:
         assignment (batch, heads, queries) int64: the group of each query.
-        selected (batch, heads, groups, min(top_k, keys)) int64: the keys of each group, most relevant first, all different.
+        selected (batch, heads, groups, min(top_k, keys)) int64: the keys of each group, all different, in rising order.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit; NaN in centroids.

@@ -86,14 +86,23 @@ template <class C, int V, bool ADD>
 inline void rows(const C* a, i64 ars, i64 acs, const C* b, i64 ldb, C* c, i64 ldc, int M, int K) {
     int i = 0;
     for (; i + 6 <= M; i += 6) block<C, 6, V, ADD>(a + i * ars, ars, acs, b, ldb, c + i * ldc, ldc, K);
-    for (; i + 2 <= M; i += 2) block<C, 2, V, ADD>(a + i * ars, ars, acs, b, ldb, c + i * ldc, ldc, K);
-    for (; i < M; ++i) block<C, 1, V, ADD>(a + i * ars, ars, acs, b, ldb, c + i * ldc, ldc, K);
+    a += i * ars;
+    c += i * ldc;
+    switch (M - i) {
+        case 5: return block<C, 5, V, ADD>(a, ars, acs, b, ldb, c, ldc, K);
+        case 4: return block<C, 4, V, ADD>(a, ars, acs, b, ldb, c, ldc, K);
+        case 3: return block<C, 3, V, ADD>(a, ars, acs, b, ldb, c, ldc, K);
+        case 2: return block<C, 2, V, ADD>(a, ars, acs, b, ldb, c, ldc, K);
+        case 1: return block<C, 1, V, ADD>(a, ars, acs, b, ldb, c, ldc, K);
+    }
 }
 
 template <class C, bool ADD>
 void multiply(const C* a, i64 ars, i64 acs, const C* b, i64 ldb, C* c, i64 ldc, int M, int N, int K) {
     constexpr int W = LANES<C>;
     int j = 0;
+    if (M < 4)  // few rows: more columns at once keep the multipliers busy
+        for (; j + 4 * W <= N; j += 4 * W) rows<C, 4, ADD>(a, ars, acs, b + j, ldb, c + j, ldc, M, K);
     for (; j + 2 * W <= N; j += 2 * W) rows<C, 2, ADD>(a, ars, acs, b + j, ldb, c + j, ldc, M, K);
     for (; j < N; j += W) rows<C, 1, ADD>(a, ars, acs, b + j, ldb, c + j, ldc, M, K);
 }
@@ -154,42 +163,82 @@ Workspace& workspace() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------- assignment, selection
-struct Candidate {
-    float score;
-    std::int32_t index;
-};
-inline bool better(const Candidate& x, const Candidate& y) {  // higher score first, then lower index; a NaN score is last
-    return x.score > y.score || (x.score == y.score && x.index < y.index);
+constexpr std::int32_t NEVER = std::numeric_limits<std::int32_t>::min();
+
+// Floats as integers of the same order, in place; -0 equals 0, and what may never be chosen before anything else (NaN) is NEVER.
+inline void to_ordered(float* x, int n) {
+    for (int i = 0; i < n; i += LANES<float>) {
+        const vfloat f = at(x + i) + 0.0f;
+        const vint bits = reinterpret_cast<const vint&>(f);
+        const vint value = bits ^ ((bits >> 31) & 0x7fffffff);
+        const vint number = f == f;
+        const vint result = (value & number) | (~number & NEVER);
+        std::memcpy(x + i, &result, VECTOR_BYTES);
+    }
 }
 
-// The best `k` of a stream of candidates that comes in order of rising index.
+// The best `k` of candidates that come in order of rising index: higher scores first, then lower indices. They are held in order of
+// index; when the store is full, the k-th largest score is found by bisection over its bits, and what lies below it goes.
 struct TopK {
-    std::vector<Candidate> held;
-    std::size_t k = 0, limit = 0;
-    void begin(std::size_t top_k) {
-        k = top_k;
-        limit = std::max<std::size_t>(2 * k, 64);
-        held.clear();
-        held.reserve(limit);
-    }
-    // Returns the score that the next candidate has to exceed.
-    float offer(float score, std::int32_t index, float bar) {
-        held.push_back({score, index});
-        if (held.size() < limit) return bar;
-        std::nth_element(held.begin(), held.begin() + (k - 1), held.end(), better);
-        held.resize(k);
-        return held[k - 1].score;
-    }
-    void finish() {
-        const std::size_t n = std::min(k, held.size());
-        std::partial_sort(held.begin(), held.begin() + n, held.end(), better);
-        held.resize(n);
+    std::int32_t *score, *index;
+    std::int32_t n;
+    // Keeps the best k (all, if there are no more); returns the score that the next candidate has to exceed.
+    std::int32_t shrink(int k) {
+        if (n <= k) return NEVER;
+        std::int32_t low = score[0], high = score[0];
+        for (int j = 1; j < n; ++j) {
+            low = std::min(low, score[j]);
+            high = std::max(high, score[j]);
+        }
+        std::int32_t reach = n;  // how many reach `low`; the k-th largest is in [low, high]
+        while (low < high && reach != k) {
+            const std::int32_t middle = std::int32_t((i64(low) + high + 1) >> 1);
+            std::int32_t count = 0;
+            for (int j = 0; j < n; ++j) count += score[j] >= middle;
+            if (count >= k) {
+                low = middle;
+                reach = count;
+            } else {
+                high = middle - 1;
+            }
+        }
+        int kept = 0;
+        if (reach == k) {
+            for (int j = 0; j < n; ++j) {
+                const std::int32_t value = score[j];
+                score[kept] = value;
+                index[kept] = index[j];
+                kept += value >= low;
+            }
+        } else {  // several equal the k-th largest: the first of them stay
+            int above = 0;
+            for (int j = 0; j < n; ++j) above += score[j] > low;
+            int equal = k - above;
+            for (int j = 0; j < n; ++j) {
+                const std::int32_t value = score[j];
+                const bool tie = value == low && equal > 0;
+                equal -= tie;
+                score[kept] = value;
+                index[kept] = index[j];
+                kept += value > low || tie;
+            }
+        }
+        n = kept;
+        return low;
     }
 };
 
+// Rows lie far apart (other heads, q, k and v stand between them), which the hardware does not foresee: ask for a row well before it is read.
+constexpr int AHEAD = 12;
 template <class T>
-inline void load_rows(const T* x, i64 stride, int n, int d, float* out, int ld, bool unit) {
+inline void prefetch(const T* row, int d) {
+    for (int i = 0; i < d; i += int(64 / sizeof(T))) __builtin_prefetch(row + i);
+}
+
+template <class T>
+inline void load_rows(const T* x, i64 stride, int n, int left, int d, float* out, int ld, bool unit) {
     for (int r = 0; r < n; ++r) {
+        if (r + AHEAD < left) prefetch(x + (r + AHEAD) * stride, d);
         for (int i = 0; i < d; ++i) out[r * ld + i] = float(load(x[r * stride + i]));
         if (unit) {
             float square = 0;
@@ -230,7 +279,7 @@ int dynamic_groups(const T* q, const T* k, const float* closeness, const float* 
         for (int g = 0; g < Gp; ++g) offset[g] = g < G ? bias[h * G + g] : -std::numeric_limits<float>::infinity();
         for (i64 t = from; t < to; t += ROWS) {
             const int n = int(std::min<i64>(ROWS, to - t));
-            load_rows(q + b * qs[0] + h * qs[1] + t * qs[2], qs[2], n, d, x, d, false);
+            load_rows(q + b * qs[0] + h * qs[1] + t * qs[2], qs[2], n, int(to - t), d, x, d, false);
             multiply<float, false>(x, d, 1, packed, Gp, score, Gp, n, Gp, d);
             for (int r = 0; r < n; ++r) {
                 vfloat best = at(score + r * Gp) + at(offset);
@@ -252,66 +301,98 @@ int dynamic_groups(const T* q, const T* k, const float* closeness, const float* 
         }
     }
 
-    std::vector<TopK> found;
-    try {
-        found.resize(std::size_t(B * H * kpieces * G));
-    } catch (const std::bad_alloc&) { return NO_MEMORY; }
+    // Every piece of the keys chooses its own best; where there are several pieces, the best of those follow.
+    std::unique_ptr<std::int32_t[]> found;
+    if (kpieces > 1 && !(found = std::unique_ptr<std::int32_t[]>(new (std::nothrow) std::int32_t[std::size_t(B * H * kpieces * G) * top_k * 2])))
+        return NO_MEMORY;
+    std::vector<std::int32_t> counts(std::size_t(kpieces > 1 ? B * H * kpieces * G : 0));
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
     for (i64 item = 0; item < B * H * kpieces; ++item) {
         try {
             const i64 b = item / kpieces / H, h = item / kpieces % H, from = item % kpieces * KP, to = std::min(Lk, from + KP);
+            const int limit = int(std::min<i64>(std::max<i64>(4 * i64(top_k), 256), to - from));
             Workspace& w = workspace();
-            w.reserve(bytes_of<float>({std::size_t(d) * Gp, std::size_t(ROWS) * d, std::size_t(ROWS) * Gp, std::size_t(Gp)}));
+            w.reserve(bytes_of<float>({std::size_t(d) * Gp, std::size_t(ROWS) * d, std::size_t(ROWS) * Gp, std::size_t(Gp),
+                                       std::size_t(G) * limit, std::size_t(G) * limit, std::size_t(G) * (sizeof(TopK) / 4 + 1)}));
             float* packed = w.take<float>(std::size_t(d) * Gp);
             float* x = w.take<float>(std::size_t(ROWS) * d);
             float* score = w.take<float>(std::size_t(ROWS) * Gp);
-            float* bar = w.take<float>(Gp);
+            std::int32_t* bar = w.take<std::int32_t>(Gp);
+            std::int32_t* scores = w.take<std::int32_t>(std::size_t(G) * limit);
+            std::int32_t* indices = w.take<std::int32_t>(std::size_t(G) * limit);
+            TopK* top = w.take<TopK>(std::size_t(G));
             pack_columns(direction + h * G * d, G, d, packed, Gp);
-            for (int g = 0; g < Gp; ++g) bar[g] = g < G ? -std::numeric_limits<float>::infinity() : std::numeric_limits<float>::infinity();
-            TopK* top = &found[std::size_t(item * G)];
-            for (int g = 0; g < G; ++g) top[g].begin(std::size_t(top_k));
+            std::fill(bar, bar + Gp, std::numeric_limits<std::int32_t>::max());
+            for (int g = 0; g < G; ++g) {
+                top[g] = TopK{scores + i64(g) * limit, indices + i64(g) * limit, limit};
+                for (int j = 0; j < limit; ++j) top[g].index[j] = std::int32_t(from + j);
+            }
             for (i64 t = from; t < to; t += ROWS) {
                 const int n = int(std::min<i64>(ROWS, to - t));
-                load_rows(k + b * ks[0] + h * ks[1] + t * ks[2], ks[2], n, d, x, d, unit_keys != 0);
+                load_rows(k + b * ks[0] + h * ks[1] + t * ks[2], ks[2], n, int(to - t), d, x, d, unit_keys != 0);
                 multiply<float, false>(x, d, 1, packed, Gp, score, Gp, n, Gp, d);
-                for (int r = 0; r < n; ++r) {
-                    if (mask && !mask[b * Lk + t + r]) continue;
+                to_ordered(score, n * Gp);
+                std::int32_t* value = reinterpret_cast<std::int32_t*>(score);
+                for (int r = 0; r < n; ++r, value += Gp) {
+                    const i64 place = t + r - from;
+                    if (mask && !mask[b * Lk + t + r]) std::fill(value, value + Gp, NEVER);
+                    if (place < limit) {  // until the stores are full, everything goes in
+                        for (int g = 0; g < G; ++g) scores[i64(g) * limit + place] = value[g];
+                        if (place == limit - 1)
+                            for (int g = 0; g < G; ++g) bar[g] = top[g].shrink(top_k);
+                        continue;
+                    }
                     for (int c = 0; c < Gp; c += W) {
-                        const vint over = at(score + r * Gp + c) > at(bar + c);
+                        vint now, need;
+                        std::memcpy(&now, value + c, VECTOR_BYTES);
+                        std::memcpy(&need, bar + c, VECTOR_BYTES);
+                        const vint over = now > need;
                         i64 any = 0, words[VECTOR_BYTES / 8];
                         std::memcpy(words, &over, VECTOR_BYTES);
                         for (int l = 0; l < VECTOR_BYTES / 8; ++l) any |= words[l];
                         if (!any) continue;
-                        for (int l = 0; l < W; ++l)
-                            if (over[l]) bar[c + l] = top[c + l].offer(score[r * Gp + c + l], std::int32_t(t + r), bar[c + l]);
+                        for (int l = 0; l < W; ++l) {
+                            if (!over[l]) continue;
+                            TopK& group = top[c + l];
+                            group.score[group.n] = now[l];
+                            group.index[group.n++] = std::int32_t(t + r);
+                            if (group.n == limit) bar[c + l] = group.shrink(top_k);
+                        }
                     }
+                }
+            }
+            for (int g = 0; g < G; ++g) {
+                top[g].shrink(top_k);
+                if (kpieces == 1) {
+                    for (int j = 0; j < top_k; ++j) selected[(item * G + g) * top_k + j] = top[g].index[j];
+                } else {
+                    const std::size_t place = std::size_t(item * G + g);
+                    counts[place] = top[g].n;
+                    std::copy(top[g].score, top[g].score + top[g].n, &found[place * top_k * 2]);
+                    std::copy(top[g].index, top[g].index + top[g].n, &found[place * top_k * 2 + top_k]);
                 }
             }
         } catch (const std::bad_alloc&) { failed |= 1; }
     }
     if (failed) return NO_MEMORY;
+    if (kpieces == 1) return OK;
 
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
     for (i64 item = 0; item < B * H * G; ++item) {
         try {
-            const i64 bh = item / G, g = item % G, b = bh / H;
-            TopK& first = found[std::size_t(bh * kpieces * G + g)];
-            for (i64 p = 1; p < kpieces; ++p) {
-                const TopK& next = found[std::size_t((bh * kpieces + p) * G + g)];
-                first.held.insert(first.held.end(), next.held.begin(), next.held.end());
+            const i64 bh = item / G, g = item % G;
+            Workspace& w = workspace();
+            w.reserve(bytes_of<std::int32_t>({std::size_t(kpieces) * top_k, std::size_t(kpieces) * top_k}));
+            TopK all{w.take<std::int32_t>(std::size_t(kpieces) * top_k), w.take<std::int32_t>(std::size_t(kpieces) * top_k), 0};
+            for (i64 p = 0; p < kpieces; ++p) {
+                const std::size_t place = std::size_t((bh * kpieces + p) * G + g);
+                const std::int32_t* from = &found[place * top_k * 2];
+                std::copy(from, from + counts[place], all.score + all.n);
+                std::copy(from + top_k, from + top_k + counts[place], all.index + all.n);
+                all.n += counts[place];
             }
-            first.finish();
-            i64* out = selected + item * top_k;
-            std::size_t n = 0;
-            for (const Candidate& c : first.held) out[n++] = c.index;
-            // Fewer real keys than top_k (padding, or scores that are NaN): fill with the lowest keys not chosen, masked ones after all others.
-            if (n < std::size_t(top_k)) {
-                std::vector<char> taken(std::size_t(Lk), 0);
-                for (std::size_t i = 0; i < n; ++i) taken[std::size_t(out[i])] = 1;
-                for (int masked = 0; masked < 2; ++masked)
-                    for (i64 t = 0; t < Lk && n < std::size_t(top_k); ++t)
-                        if (!taken[std::size_t(t)] && (mask && !mask[b * Lk + t]) == (masked != 0)) out[n++] = t;
-            }
+            all.shrink(top_k);
+            for (int j = 0; j < top_k; ++j) selected[item * top_k + j] = all.index[j];
         } catch (const std::bad_alloc&) { failed |= 1; }
     }
     return failed ? NO_MEMORY : OK;
@@ -368,32 +449,215 @@ inline int gather_indices(const Shape& s, const i64* selected, const std::uint8_
     return n;
 }
 
+// Rows x[index[r]] as packed rows of `ld`, times a factor; index == nullptr takes rows 0, 1, 2, ...
 template <class T, class C>
 inline void gather(const T* x, i64 stride, const std::int32_t* index, int n, int d, C factor, C* out, int ld) {
     for (int r = 0; r < n; ++r) {
-        const T* row = x + index[r] * stride;
-        for (int i = 0; i < d; ++i) out[i64(r) * ld + i] = C(load(row[i])) * factor;
-        for (int i = d; i < ld; ++i) out[i64(r) * ld + i] = 0;
+        const T* row = x + (index ? index[r] : r) * stride;
+        if (r + AHEAD < n) prefetch(x + (index ? index[r + AHEAD] : r + AHEAD) * stride, d);
+        C* to = out + i64(r) * ld;
+        for (int i = 0; i < d; ++i) to[i] = C(load(row[i])) * factor;
+        for (int i = d; i < ld; ++i) to[i] = 0;
     }
 }
 
+// The same, transposed: out (d, ld), columns beyond n are zero. Eight rows at a time, so that stores are contiguous.
 template <class T, class C>
 inline void gather_transposed(const T* x, i64 stride, const std::int32_t* index, int n, int d, C* out, int ld) {
-    for (int r = 0; r < n; ++r) {
-        const T* row = x + index[r] * stride;
-        for (int i = 0; i < d; ++i) out[i64(i) * ld + r] = C(load(row[i]));
+    int r = 0;
+    for (; r + 8 <= n; r += 8) {
+        const T* row[8];
+        for (int l = 0; l < 8; ++l) {
+            row[l] = x + (index ? index[r + l] : r + l) * stride;
+            if (r + l + AHEAD < n) prefetch(x + (index ? index[r + l + AHEAD] : r + l + AHEAD) * stride, d);
+        }
+        for (int i = 0; i < d; ++i) {
+            C* to = out + i64(i) * ld + r;
+            for (int l = 0; l < 8; ++l) to[l] = C(load(row[l][i]));
+        }
     }
-    for (int i = 0; i < d; ++i)
-        for (int r = n; r < ld; ++r) out[i64(i) * ld + r] = 0;
+    for (; r < ld; ++r) {
+        const T* row = r < n ? x + (index ? index[r] : r) * stride : nullptr;
+        for (int i = 0; i < d; ++i) out[i64(i) * ld + r] = row ? C(load(row[i])) : C(0);
+    }
+}
+
+// Turns scores into weights before division by their sum; gives (largest score, sum), (-inf, 0) if every score is -inf.
+template <class C>
+inline void soften(C* row, int n, C& peak, C& total) {
+    constexpr int W = LANES<C>;
+    vec<C> most = at(row);
+    for (int j = W; j < n; j += W) most = at(row + j) > most ? at(row + j) : most;
+    peak = most[0];
+    for (int l = 1; l < W; ++l) peak = std::max(peak, most[l]);
+    total = 0;
+    if (peak == -std::numeric_limits<C>::infinity()) { std::fill(row, row + n, C(0)); return; }
+    vec<C> sum = {};
+    for (int j = 0; j < n; j += W) {
+        const vec<C> e = exponential(at(row + j) - peak);
+        at(row + j) = e;
+        sum += e;
+    }
+    total = horizontal_sum<C>(sum);
+}
+
+template <class T, class C>
+inline void write_row(const C* y, C peak, C total, int d, T* out, C* lse) {
+    const C inverse = total > 0 || total != total ? C(1) / total : C(0);
+    for (int i = 0; i < d; ++i) store(out + i, y[i] * inverse);
+    *lse = total == 0 ? -std::numeric_limits<C>::infinity() : peak + std::log(total);
+}
+
+// weights = exp(score - lse), dscore = weights * (dscore - <grad, out>)
+template <class T, class C>
+inline void differentiate(C* weight, C* dscore, int n, const C* grad, const T* out, int d, C lse) {
+    constexpr int W = LANES<C>;
+    C delta = 0;
+    for (int i = 0; i < d; ++i) delta += grad[i] * C(load(out[i]));
+    for (int j = 0; j < n; j += W) {
+        const vec<C> e = exponential(at(weight + j) - lse);
+        at(weight + j) = e;
+        at(dscore + j) = e * (at(dscore + j) - delta);
+    }
+}
+
+// Few queries a group and few keys in all: a dense pass under a mask is cheaper than gathering keys for every group.
+inline bool dense_is_cheaper(const Shape& s) { return s.Lk <= 3 * i64(s.K) && s.Lk <= 1024 && s.Lq < 12 * i64(s.G); }
+
+// 0 where a group may look, -inf elsewhere: (G, Lp)
+template <class C>
+int group_bias(const Shape& s, i64 bh, const i64* selected, const std::uint8_t* mask, C* bias, int Lp) {
+    const i64* chosen = selected + bh * s.G * s.K;
+    const std::uint8_t* m = mask ? mask + bh / s.H * s.Lk : nullptr;
+    std::fill(bias, bias + i64(s.G) * Lp, -std::numeric_limits<C>::infinity());
+    for (int g = 0; g < s.G; ++g)
+        for (int j = 0; j < s.K; ++j) {
+            const i64 key = chosen[i64(g) * s.K + j];
+            if (key < 0 || key >= s.Lk) return BAD_SELECTED;
+            if (!m || m[key]) bias[i64(g) * Lp + key] = 0;
+        }
+    return OK;
+}
+
+template <class T, class C>
+int forward_dense(const T* q, const T* k, const T* v, const i64* assignment, const i64* selected, const std::uint8_t* mask, T* out, C* lse,
+                  const Shape& s, const i64* qs, const i64* ks, const i64* vs, double scale, int threads) {
+    constexpr int W = LANES<C>;
+    const int L = int(s.Lk), Lp = padded<C>(L), dp = padded<C>(s.dv);
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : failed)
+    for (i64 bh = 0; bh < s.B * s.H; ++bh) {
+        try {
+            const i64 b = bh / s.H, h = bh % s.H;
+            Workspace& w = workspace();
+            w.reserve(bytes_of<C>({std::size_t(s.G) * Lp, std::size_t(s.d) * Lp, std::size_t(L) * dp, std::size_t(TILE) * s.d,
+                                   std::size_t(TILE) * Lp, std::size_t(TILE) * dp}));
+            C* bias = w.take<C>(std::size_t(s.G) * Lp);
+            C* kt = w.take<C>(std::size_t(s.d) * Lp);
+            C* vr = w.take<C>(std::size_t(L) * dp);
+            C* x = w.take<C>(std::size_t(TILE) * s.d);
+            C* score = w.take<C>(std::size_t(TILE) * Lp);
+            C* y = w.take<C>(std::size_t(TILE) * dp);
+            if (int bad = group_bias(s, bh, selected, mask, bias, Lp)) { failed = std::max(failed, bad); continue; }
+            gather_transposed(k + b * ks[0] + h * ks[1], ks[2], static_cast<const std::int32_t*>(nullptr), L, s.d, kt, Lp);
+            gather(v + b * vs[0] + h * vs[1], vs[2], static_cast<const std::int32_t*>(nullptr), L, s.dv, C(1), vr, dp);
+            for (i64 t = 0; t < s.Lq; t += TILE) {
+                const int m = int(std::min<i64>(TILE, s.Lq - t));
+                const i64 first = bh * s.Lq + t;
+                gather(q + b * qs[0] + h * qs[1] + t * qs[2], qs[2], static_cast<const std::int32_t*>(nullptr), m, s.d, C(scale), x, s.d);
+                multiply<C, false>(x, s.d, 1, kt, Lp, score, Lp, m, Lp, s.d);
+                C peak[TILE], total[TILE];
+                for (int r = 0; r < m; ++r) {
+                    const i64 g = assignment[first + r];
+                    if (g < 0 || g >= s.G) { failed = std::max(failed, BAD_ASSIGNMENT); peak[r] = total[r] = 0; continue; }
+                    C* row = score + i64(r) * Lp;
+                    for (int j = 0; j < Lp; j += W) at(row + j) += at(bias + g * Lp + j);
+                    soften(row, Lp, peak[r], total[r]);
+                }
+                multiply<C, false>(score, Lp, 1, vr, dp, y, dp, m, dp, L);
+                for (int r = 0; r < m; ++r)
+                    write_row(y + i64(r) * dp, peak[r], total[r], s.dv, out + (first + r) * s.dv, lse + first + r);
+            }
+        } catch (const std::bad_alloc&) { failed = NO_MEMORY; }
+    }
+    return failed;
+}
+
+template <class T, class C>
+int backward_dense(const T* g, const T* q, const T* k, const T* v, const i64* assignment, const i64* selected, const std::uint8_t* mask,
+                   const T* out, const C* lse, T* dq, C* dk, C* dv, const Shape& s, const i64* gs, const i64* qs, const i64* ks, const i64* vs,
+                   double scale, int threads) {
+    constexpr int W = LANES<C>;
+    const int L = int(s.Lk), Lp = padded<C>(L), dp = padded<C>(s.d), vp = padded<C>(s.dv);
+    const std::int32_t* all = nullptr;
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : failed)
+    for (i64 bh = 0; bh < s.B * s.H; ++bh) {
+        try {
+            const i64 b = bh / s.H, h = bh % s.H;
+            Workspace& w = workspace();
+            w.reserve(bytes_of<C>({std::size_t(s.G) * Lp, std::size_t(s.d) * Lp, std::size_t(s.dv) * Lp, std::size_t(L) * dp, std::size_t(L) * dp,
+                                   std::size_t(L) * vp, std::size_t(TILE) * dp, std::size_t(TILE) * vp, std::size_t(TILE) * Lp,
+                                   std::size_t(TILE) * Lp, std::size_t(TILE) * dp}));
+            C* bias = w.take<C>(std::size_t(s.G) * Lp);
+            C* kt = w.take<C>(std::size_t(s.d) * Lp);
+            C* vt = w.take<C>(std::size_t(s.dv) * Lp);
+            C* kr = w.take<C>(std::size_t(L) * dp);
+            C* dkp = w.take<C>(std::size_t(L) * dp);
+            C* dvp = w.take<C>(std::size_t(L) * vp);
+            C* x = w.take<C>(std::size_t(TILE) * dp);
+            C* y = w.take<C>(std::size_t(TILE) * vp);
+            C* weight = w.take<C>(std::size_t(TILE) * Lp);
+            C* dscore = w.take<C>(std::size_t(TILE) * Lp);
+            C* dx = w.take<C>(std::size_t(TILE) * dp);
+            if (int bad = group_bias(s, bh, selected, mask, bias, Lp)) { failed = std::max(failed, bad); continue; }
+            const T* kh = k + b * ks[0] + h * ks[1];
+            gather_transposed(kh, ks[2], all, L, s.d, kt, Lp);
+            gather_transposed(v + b * vs[0] + h * vs[1], vs[2], all, L, s.dv, vt, Lp);
+            gather(kh, ks[2], all, L, s.d, C(scale), kr, dp);
+            std::fill(dkp, dkp + i64(L) * dp, C(0));
+            std::fill(dvp, dvp + i64(L) * vp, C(0));
+            for (i64 t = 0; t < s.Lq; t += TILE) {
+                const int m = int(std::min<i64>(TILE, s.Lq - t));
+                const i64 first = bh * s.Lq + t;
+                gather(q + b * qs[0] + h * qs[1] + t * qs[2], qs[2], all, m, s.d, C(scale), x, dp);
+                gather(g + b * gs[0] + h * gs[1] + t * gs[2], gs[2], all, m, s.dv, C(1), y, vp);
+                multiply<C, false>(x, dp, 1, kt, Lp, weight, Lp, m, Lp, s.d);
+                multiply<C, false>(y, vp, 1, vt, Lp, dscore, Lp, m, Lp, s.dv);
+                for (int r = 0; r < m; ++r) {
+                    const i64 group = assignment[first + r];
+                    C *pr = weight + i64(r) * Lp, *ds = dscore + i64(r) * Lp;
+                    const C norm = lse[first + r];
+                    if (group < 0 || group >= s.G || norm == -std::numeric_limits<C>::infinity()) {
+                        std::fill(pr, pr + Lp, C(0));
+                        std::fill(ds, ds + Lp, C(0));
+                        continue;
+                    }
+                    for (int j = 0; j < Lp; j += W) at(pr + j) += at(bias + group * Lp + j);
+                    differentiate(pr, ds, Lp, y + i64(r) * vp, out + (first + r) * s.dv, s.dv, norm);
+                }
+                multiply<C, false>(dscore, Lp, 1, kr, dp, dx, dp, m, dp, L);
+                multiply<C, true>(dscore, 1, Lp, x, dp, dkp, dp, L, dp, m);
+                multiply<C, true>(weight, 1, Lp, y, vp, dvp, vp, L, vp, m);
+                for (int r = 0; r < m; ++r)
+                    for (int i = 0; i < s.d; ++i) store(dq + (first + r) * s.d + i, dx[i64(r) * dp + i]);
+            }
+            for (int j = 0; j < L; ++j) {
+                for (int i = 0; i < s.d; ++i) dk[(bh * L + j) * s.d + i] = dkp[i64(j) * dp + i];
+                for (int i = 0; i < s.dv; ++i) dv[(bh * L + j) * s.dv + i] = dvp[i64(j) * vp + i];
+            }
+        } catch (const std::bad_alloc&) { failed = NO_MEMORY; }
+    }
+    return failed;
 }
 
 template <class T, class C>
 int forward(const T* q, const T* k, const T* v, const i64* assignment, const i64* selected, const std::uint8_t* mask, T* out, C* lse,
             const Shape& s, const i64* qs, const i64* ks, const i64* vs, double scale, int threads) {
+    if (dense_is_cheaper(s)) return forward_dense<T, C>(q, k, v, assignment, selected, mask, out, lse, s, qs, ks, vs, scale, threads);
     std::vector<std::int32_t> order;
     std::vector<Piece> pieces;
     if (int bad = plan(s, assignment, selected, order, pieces, threads)) return bad;
-    constexpr int W = LANES<C>;
     const int Kp = padded<C>(s.K), dp = padded<C>(s.dv);
     int failed = 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
@@ -428,29 +692,16 @@ int forward(const T* q, const T* k, const T* v, const i64* assignment, const i64
                 }
                 gather(qh, qs[2], token, m, s.d, C(scale), x, s.d);
                 multiply<C, false>(x, s.d, 1, kt, np, score, np, m, np, s.d);
-                C total[TILE], top[TILE];
+                C peak[TILE], total[TILE];
                 for (int r = 0; r < m; ++r) {
                     C* row = score + i64(r) * np;
                     for (int j = n; j < np; ++j) row[j] = -std::numeric_limits<C>::infinity();
-                    vec<C> most = at(row);
-                    for (int j = W; j < np; j += W) most = at(row + j) > most ? at(row + j) : most;
-                    C peak = most[0];
-                    for (int l = 1; l < W; ++l) peak = std::max(peak, most[l]);
-                    vec<C> sum = {};
-                    for (int j = 0; j < np; j += W) {
-                        const vec<C> e = exponential(at(row + j) - peak);
-                        at(row + j) = e;
-                        sum += e;
-                    }
-                    total[r] = horizontal_sum<C>(sum);
-                    top[r] = peak;
+                    soften(row, np, peak[r], total[r]);
                 }
                 multiply<C, false>(score, np, 1, vr, dp, y, dp, m, dp, n);
                 for (int r = 0; r < m; ++r) {
-                    T* o = out + (p.bh * s.Lq + token[r]) * s.dv;
-                    const C inverse = C(1) / total[r];
-                    for (int i = 0; i < s.dv; ++i) store(o + i, y[i64(r) * dp + i] * inverse);
-                    lse[p.bh * s.Lq + token[r]] = top[r] + std::log(total[r]);
+                    const i64 place = p.bh * s.Lq + token[r];
+                    write_row(y + i64(r) * dp, peak[r], total[r], s.dv, out + place * s.dv, lse + place);
                 }
             }
         } catch (const std::bad_alloc&) { failed |= 1; }
@@ -458,101 +709,125 @@ int forward(const T* q, const T* k, const T* v, const i64* assignment, const i64
     return failed ? NO_MEMORY : OK;
 }
 
-// Recomputes the weights from the saved log-sum-exp. Every piece sums the gradients of its keys and values by itself; a second pass adds the
-// pieces up in their order, each thread owning a range of keys: deterministic, and no atomics.
+// Recomputes the weights from the saved log-sum-exp. The gradients of keys and values are summed piece by piece, in the order of the pieces,
+// without atomics: the same bits every time.
 template <class T, class C>
 int backward(const T* g, const T* q, const T* k, const T* v, const i64* assignment, const i64* selected, const std::uint8_t* mask, const T* out,
              const C* lse, T* dq, C* dk, C* dv, const Shape& s, const i64* gs, const i64* qs, const i64* ks, const i64* vs, double scale,
              int threads) {
+    if (dense_is_cheaper(s))
+        return backward_dense<T, C>(g, q, k, v, assignment, selected, mask, out, lse, dq, dk, dv, s, gs, qs, ks, vs, scale, threads);
     std::vector<std::int32_t> order;
     std::vector<Piece> pieces;
     if (int bad = plan(s, assignment, selected, order, pieces, threads)) return bad;
-    constexpr int W = LANES<C>;
     const int Kp = padded<C>(s.K), dp = padded<C>(s.d), vp = padded<C>(s.dv);
-    // Rows of (dk, dv) of each piece. Uninitialised: only what a piece wrote is read.
-    std::unique_ptr<C[]> partial(new (std::nothrow) C[std::size_t(std::max<std::size_t>(1, pieces.size() * s.K * (dp + vp)))]);
-    if (!partial) return NO_MEMORY;
+
+    // The gradients of one piece: dq goes to its place, those of the group's keys and values to dkp (n, dp) and dvp (n, vp); returns n.
+    auto differentiate_piece = [&](const Piece& p, std::int32_t* index, C* dkp, C* dvp, Workspace& w) -> int {
+        const i64 b = p.bh / s.H, h = p.bh % s.H;
+        C* kt = w.take<C>(std::size_t(s.d) * Kp);
+        C* vt = w.take<C>(std::size_t(s.dv) * Kp);
+        C* kr = w.take<C>(std::size_t(s.K) * dp);
+        C* x = w.take<C>(std::size_t(TILE) * dp);
+        C* y = w.take<C>(std::size_t(TILE) * vp);
+        C* weight = w.take<C>(std::size_t(TILE) * Kp);
+        C* dscore = w.take<C>(std::size_t(TILE) * Kp);
+        C* dx = w.take<C>(std::size_t(TILE) * dp);
+        const int n = gather_indices(s, selected, mask, p, index);
+        const int np = padded<C>(n);
+        const T* kh = k + b * ks[0] + h * ks[1];
+        gather_transposed(kh, ks[2], index, n, s.d, kt, np);
+        gather_transposed(v + b * vs[0] + h * vs[1], vs[2], index, n, s.dv, vt, np);
+        gather(kh, ks[2], index, n, s.d, C(scale), kr, dp);
+        std::fill(dkp, dkp + i64(n) * dp, C(0));
+        std::fill(dvp, dvp + i64(n) * vp, C(0));
+        for (i64 t = p.from; t < p.to; t += TILE) {
+            const std::int32_t* token = &order[std::size_t(p.bh * s.Lq + t)];
+            const int m = int(std::min<i64>(TILE, p.to - t));
+            if (n == 0) {
+                for (int r = 0; r < m; ++r)
+                    for (int i = 0; i < s.d; ++i) store(dq + (p.bh * s.Lq + token[r]) * s.d + i, C(0));
+                continue;
+            }
+            gather(q + b * qs[0] + h * qs[1], qs[2], token, m, s.d, C(scale), x, dp);
+            gather(g + b * gs[0] + h * gs[1], gs[2], token, m, s.dv, C(1), y, vp);
+            multiply<C, false>(x, dp, 1, kt, np, weight, np, m, np, s.d);
+            multiply<C, false>(y, vp, 1, vt, np, dscore, np, m, np, s.dv);
+            for (int r = 0; r < m; ++r) {
+                const i64 place = p.bh * s.Lq + token[r];
+                differentiate(weight + i64(r) * np, dscore + i64(r) * np, np, y + i64(r) * vp, out + place * s.dv, s.dv, lse[place]);
+            }
+            multiply<C, false>(dscore, np, 1, kr, dp, dx, dp, m, dp, n);
+            multiply<C, true>(dscore, 1, np, x, dp, dkp, dp, n, dp, m);
+            multiply<C, true>(weight, 1, np, y, vp, dvp, vp, n, vp, m);
+            for (int r = 0; r < m; ++r)
+                for (int i = 0; i < s.d; ++i) store(dq + (p.bh * s.Lq + token[r]) * s.d + i, dx[i64(r) * dp + i]);
+        }
+        return n;
+    };
+    const std::size_t scratch = bytes_of<C>({std::size_t(Kp), std::size_t(s.K) * dp, std::size_t(s.K) * vp, std::size_t(s.d) * Kp,
+                                             std::size_t(s.dv) * Kp, std::size_t(s.K) * dp, std::size_t(TILE) * dp, std::size_t(TILE) * vp,
+                                             std::size_t(TILE) * Kp, std::size_t(TILE) * Kp, std::size_t(TILE) * dp});
+    auto add_rows = [&](i64 bh, const std::int32_t* index, int n, const C* dkp, const C* dvp, i64 low, i64 high) {
+        for (int j = 0; j < n; ++j) {
+            if (index[j] < low || index[j] >= high) continue;
+            C *to_k = dk + (bh * s.Lk + index[j]) * s.d, *to_v = dv + (bh * s.Lk + index[j]) * s.dv;
+            for (int i = 0; i < s.d; ++i) to_k[i] += dkp[i64(j) * dp + i];
+            for (int i = 0; i < s.dv; ++i) to_v[i] += dvp[i64(j) * vp + i];
+        }
+    };
+    auto first_piece = [&](i64 bh) {
+        return std::lower_bound(pieces.begin(), pieces.end(), bh, [](const Piece& p, i64 x) { return p.bh < x; });
+    };
     int failed = 0;
+
+    if (s.B * s.H >= 2 * threads) {  // enough heads for all threads: each owns whole heads and adds in place
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
+        for (i64 bh = 0; bh < s.B * s.H; ++bh) {
+            try {
+                Workspace& w = workspace();
+                for (auto p = first_piece(bh); p != pieces.end() && p->bh == bh; ++p) {
+                    w.reserve(scratch);
+                    std::int32_t* index = w.take<std::int32_t>(Kp);
+                    C* dkp = w.take<C>(std::size_t(s.K) * dp);
+                    C* dvp = w.take<C>(std::size_t(s.K) * vp);
+                    const int n = differentiate_piece(*p, index, dkp, dvp, w);
+                    add_rows(bh, index, n, dkp, dvp, 0, s.Lk);
+                }
+            } catch (const std::bad_alloc&) { failed |= 1; }
+        }
+        return failed ? NO_MEMORY : OK;
+    }
+
+    // Few heads: threads share them. Every piece keeps its sums, and a second pass adds them up, each thread owning a range of keys.
+    std::unique_ptr<C[]> partial(new (std::nothrow) C[std::max<std::size_t>(1, pieces.size() * s.K * (dp + vp))]);
+    if (!partial) return NO_MEMORY;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
     for (i64 item = 0; item < i64(pieces.size()); ++item) {
         try {
-            const Piece& p = pieces[std::size_t(item)];
-            const i64 b = p.bh / s.H, h = p.bh % s.H;
-            C* dkp = &partial[std::size_t(item) * s.K * (dp + vp)];
-            C* dvp = dkp + i64(s.K) * dp;
             Workspace& w = workspace();
-            w.reserve(bytes_of<C>({std::size_t(Kp), std::size_t(s.d) * Kp, std::size_t(s.dv) * Kp, std::size_t(s.K) * dp, std::size_t(TILE) * dp,
-                                   std::size_t(TILE) * vp, std::size_t(TILE) * Kp, std::size_t(TILE) * Kp, std::size_t(TILE) * dp}));
-            std::int32_t* index = w.take<std::int32_t>(Kp);
-            C* kt = w.take<C>(std::size_t(s.d) * Kp);
-            C* vt = w.take<C>(std::size_t(s.dv) * Kp);
-            C* kr = w.take<C>(std::size_t(s.K) * dp);
-            C* x = w.take<C>(std::size_t(TILE) * dp);
-            C* y = w.take<C>(std::size_t(TILE) * vp);
-            C* weight = w.take<C>(std::size_t(TILE) * Kp);
-            C* dscore = w.take<C>(std::size_t(TILE) * Kp);
-            C* dx = w.take<C>(std::size_t(TILE) * dp);
-            const int n = gather_indices(s, selected, mask, p, index);
-            const int np = padded<C>(n);
-            const T* kh = k + b * ks[0] + h * ks[1];
-            gather_transposed(kh, ks[2], index, n, s.d, kt, np);
-            gather_transposed(v + b * vs[0] + h * vs[1], vs[2], index, n, s.dv, vt, np);
-            gather(kh, ks[2], index, n, s.d, C(scale), kr, dp);
-            std::fill(dkp, dkp + i64(n) * dp, C(0));
-            std::fill(dvp, dvp + i64(n) * vp, C(0));
-            for (i64 t = p.from; t < p.to; t += TILE) {
-                const std::int32_t* token = &order[std::size_t(p.bh * s.Lq + t)];
-                const int m = int(std::min<i64>(TILE, p.to - t));
-                if (n == 0) {
-                    for (int r = 0; r < m; ++r)
-                        for (int i = 0; i < s.d; ++i) store(dq + (p.bh * s.Lq + token[r]) * s.d + i, C(0));
-                    continue;
-                }
-                gather(q + b * qs[0] + h * qs[1], qs[2], token, m, s.d, C(scale), x, dp);
-                gather(g + b * gs[0] + h * gs[1], gs[2], token, m, s.dv, C(1), y, vp);
-                multiply<C, false>(x, dp, 1, kt, np, weight, np, m, np, s.d);
-                multiply<C, false>(y, vp, 1, vt, np, dscore, np, m, np, s.dv);
-                for (int r = 0; r < m; ++r) {
-                    const T* o = out + (p.bh * s.Lq + token[r]) * s.dv;
-                    C delta = 0;
-                    for (int i = 0; i < s.dv; ++i) delta += y[i64(r) * vp + i] * C(load(o[i]));
-                    const C norm = lse[p.bh * s.Lq + token[r]];
-                    C *pr = weight + i64(r) * np, *ds = dscore + i64(r) * np;
-                    for (int j = 0; j < np; j += W) {
-                        const vec<C> e = exponential(at(pr + j) - norm);
-                        at(pr + j) = e;
-                        at(ds + j) = e * (at(ds + j) - delta);
-                    }
-                }
-                multiply<C, false>(dscore, np, 1, kr, dp, dx, dp, m, dp, n);
-                multiply<C, true>(dscore, 1, np, x, dp, dkp, dp, n, dp, m);
-                multiply<C, true>(weight, 1, np, y, vp, dvp, vp, n, vp, m);
-                for (int r = 0; r < m; ++r)
-                    for (int i = 0; i < s.d; ++i) store(dq + (p.bh * s.Lq + token[r]) * s.d + i, dx[i64(r) * dp + i]);
-            }
+            w.reserve(scratch);
+            C* dkp = &partial[std::size_t(item) * s.K * (dp + vp)];
+            differentiate_piece(pieces[std::size_t(item)], w.take<std::int32_t>(Kp), dkp, dkp + i64(s.K) * dp, w);
         } catch (const std::bad_alloc&) { failed |= 1; }
     }
     if (failed) return NO_MEMORY;
 
     const i64 slices = std::max<i64>(1, std::min<i64>(s.Lk, (threads + s.B * s.H - 1) / (s.B * s.H)));
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
     for (i64 job = 0; job < s.B * s.H * slices; ++job) {
-        const i64 bh = job / slices, low = s.Lk * (job % slices) / slices, high = s.Lk * (job % slices + 1) / slices;
-        auto first = std::lower_bound(pieces.begin(), pieces.end(), bh, [](const Piece& p, i64 x) { return p.bh < x; });
-        std::vector<std::int32_t> index(std::size_t(s.K));
-        for (auto p = first; p != pieces.end() && p->bh == bh; ++p) {
-            const C* dkp = &partial[std::size_t(p - pieces.begin()) * s.K * (dp + vp)];
-            const C* dvp = dkp + i64(s.K) * dp;
-            const int n = gather_indices(s, selected, mask, *p, index.data());
-            for (int j = 0; j < n; ++j) {
-                if (index[j] < low || index[j] >= high) continue;
-                C *to_k = dk + (bh * s.Lk + index[j]) * s.d, *to_v = dv + (bh * s.Lk + index[j]) * s.dv;
-                for (int i = 0; i < s.d; ++i) to_k[i] += dkp[i64(j) * dp + i];
-                for (int i = 0; i < s.dv; ++i) to_v[i] += dvp[i64(j) * vp + i];
+        try {
+            const i64 bh = job / slices, low = s.Lk * (job % slices) / slices, high = s.Lk * (job % slices + 1) / slices;
+            Workspace& w = workspace();
+            w.reserve(scratch);
+            std::int32_t* index = w.take<std::int32_t>(Kp);
+            for (auto p = first_piece(bh); p != pieces.end() && p->bh == bh; ++p) {
+                const C* dkp = &partial[std::size_t(p - pieces.begin()) * s.K * (dp + vp)];
+                add_rows(bh, index, gather_indices(s, selected, mask, *p, index), dkp, dkp + i64(s.K) * dp, low, high);
             }
-        }
+        } catch (const std::bad_alloc&) { failed |= 1; }
     }
-    return OK;
+    return failed ? NO_MEMORY : OK;
 }
 
 template <class F> int guarded(F f) {

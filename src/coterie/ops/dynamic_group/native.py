@@ -30,8 +30,8 @@ def dynamic_groups(
     if key_mask is not None:
         relevance = relevance.masked_fill(~key_mask[:, None, None], float("-inf"))
     if torch.compiler.is_exporting():  # ONNX gives ties to the lower index by definition, and has no bit casts
-        return assignment, relevance.topk(top_k, dim=-1).indices
-    return assignment, _ordered_keys(relevance).topk(top_k, dim=-1).indices
+        return assignment, relevance.topk(top_k, dim=-1).indices.sort(dim=-1).values
+    return assignment, _ordered_keys(relevance).topk(top_k, dim=-1, sorted=False).indices.sort(dim=-1).values
 
 
 def _ordered_keys(scores: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def dynamic_groups(
     if key_mask is not None:
         relevance = relevance.masked_fill(~key_mask[:, None, None], float("-inf"))
     order = relevance.sort(dim=-1, descending=True, stable=True).indices
-    return assignment, order[..., : min(top_k, key.shape[2])]
+    return assignment, order[..., : min(top_k, key.shape[2])].sort(dim=-1).values
 
 
 def grouped_attention(

@@ -310,7 +310,7 @@ def choose_blocks(mean_group: float, count: int, dim: int, itemsize: int) -> Blo
     piece = max(512, triton.next_power_of_2(4 * count))
     if itemsize == 4:
         side = 32 if dim <= 64 else 16
-        return Blocks(min(keys, side), min(tile, side), 4, piece, min(tile, side), 4)
+        return Blocks(min(keys, side), min(tile, side), 4, piece, 16, 4)
     if dim <= 128:
         return Blocks(keys, tile, 8 if tile == 128 else 4, piece, min(tile, 32), 4 if dim <= 64 else 8)
     return Blocks(min(keys, 32), min(tile, 64), 8, piece, min(tile, 32), 8)
