@@ -119,6 +119,10 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: Path) -> 
         ValueError: a tensor is missing, unknown or of another shape; the message names the first ones.
     """
     try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{origin} does not fit the model: {' '.join(str(error).split())[:400]}") from error
+        missing, unknown = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:  # another shape
+        raise ValueError(f"{origin} does not fit the model: {' '.join(str(error).split())[:300]}") from error
+    if missing or unknown:
+        differences = [f"it lacks {missing[0]} and {len(missing) - 1} more"] if missing else []
+        differences += [f"it has {unknown[0]} and {len(unknown) - 1} more that the model lacks"] if unknown else []
+        raise ValueError(f"{origin} does not fit the model: {'; '.join(differences)}")
