@@ -52,7 +52,7 @@ def test_reset():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="global_pool must be one of .*got 'mean'"):
+    with pytest.raises(ValueError, match=r"global_pool must be one of .*got 'mean'"):
         ConvHead(6, 5, pool_type="mean")
     head = ConvHead(6, 5, hidden_size=8, pool_first=True)
     with pytest.raises(ValueError, match="'catavgmax' changes the width"):

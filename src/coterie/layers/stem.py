@@ -1,11 +1,12 @@
 """The convolutional stem of CMT (arXiv 2107.06263): three 3x3 convolutions, the first of which may take a stride."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 
-class ConvStem(nn.Sequential):
+class ConvStem(nn.Module):
     """3 x (3x3 convolution -> GELU -> BN).
 
     Args:
@@ -17,16 +18,18 @@ class ConvStem(nn.Sequential):
     """
 
     def __init__(self, in_chans: int, width: int, *, stride: int = 2, device=None, dtype=None) -> None:
+        super().__init__()
         dd = {"device": device, "dtype": dtype}
-        layers: list[nn.Module] = []
-        for index in range(3):
-            layers += [
-                nn.Conv2d(width if index else in_chans, width, 3, 1 if index else stride, padding=1, **dd),
-                nn.GELU(),
-                nn.BatchNorm2d(width, **dd),
-            ]
-        super().__init__(*layers)
+        self.conv1 = nn.Conv2d(in_chans, width, 3, stride, padding=1, **dd)
+        self.norm1 = nn.BatchNorm2d(width, **dd)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, **dd)
+        self.norm2 = nn.BatchNorm2d(width, **dd)
+        self.conv3 = nn.Conv2d(width, width, 3, padding=1, **dd)
+        self.norm3 = nn.BatchNorm2d(width, **dd)
 
     def forward(self, x: Float[Tensor, "batch in_chans height width"]) -> Float[Tensor, "batch width rows columns"]:
         """Apply the stem. Only the image, the smallest tensor, is copied to channels-last; the rest stays so."""
-        return super().forward(x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.norm1(F.gelu(self.conv1(x)))
+        x = self.norm2(F.gelu(self.conv2(x)))
+        return self.norm3(F.gelu(self.conv3(x)))

@@ -344,7 +344,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0",
+        "first_conv": "stem.conv1",
         "classifier": "head.fc",
         "license": "apache-2.0",
         "paper_ids": "arXiv:2203.03937",
