@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         name = arguments[0]
         typed = ArgumentParser(
-            prog=f"coterie {name}", description=modules[name].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+            prog=f"coterie {name}",
+            description=modules[name].__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         modules[name].configure(typed)
         return _run(name, modules[name], typed.parse_args(arguments[1:]))

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from coterie.ops import _checks as check
 from coterie.ops._dispatch import Backend, BackendUnavailable, Call, Operation, register
 from coterie.ops.dynamic_group import cpu, native, reference
-from coterie.ops.dynamic_group.register import GroupedAttention
+from coterie.ops.dynamic_group.register import GroupedAttention, count_flops
 
 METRICS = ("cosine", "l2", "dot")
 
@@ -70,6 +70,8 @@ def dynamic_groups(
         if call.exporting or call.device not in ("cpu", "cuda"):
             return native.dynamic_groups(*arguments)
         backend = "native" if cpu.refusal(call) else "cpu"
+        if not torch.compiler.is_compiling():
+            count_flops()
         return torch.ops.coterie.dynamic_groups(*arguments, backend)
 
 
@@ -126,6 +128,8 @@ def grouped_attention(
     if chosen == "native":
         _check_ranges(op, assignment, selected, key.shape[2])
         return native.grouped_attention(*arguments)
+    if not torch.compiler.is_compiling():
+        count_flops()
     return GroupedAttention.apply(*arguments, chosen)
 
 
@@ -175,9 +179,7 @@ def dynamic_group_attention(
     assignment, selected = dynamic_groups(
         query, key, centroids, top_k, key_mask=key_mask, metric=metric, normalize_keys=normalize_keys
     )
-    return grouped_attention(
-        query, key, value, assignment, selected, key_mask=key_mask, scale=scale, backend=chosen
-    )
+    return grouped_attention(query, key, value, assignment, selected, key_mask=key_mask, scale=scale, backend=chosen)
 
 
 def _exact(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float | None) -> Tensor:

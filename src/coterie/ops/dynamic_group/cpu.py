@@ -22,9 +22,12 @@ def refusal(call: Call) -> str | None:
     return _kernel_refusal()
 
 
-@torch.compiler.assume_constant_result
 def _kernel_refusal() -> str | None:
     return _cpp.refusal(SOURCE)
+
+
+# What torch.compiler.assume_constant_result does; calling that at import would load the compiler, and triton with it.
+_kernel_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _address(x: Tensor | None) -> ctypes.c_void_p:

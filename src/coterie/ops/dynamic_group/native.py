@@ -80,7 +80,9 @@ def grouped_attention(
     if key_mask is None:
         weights = scores.softmax(-1)
     else:
-        allowed = key_mask[:, None].expand(batch, heads, -1).gather(2, chosen.flatten(2)).view(chosen.shape).unsqueeze(3)
+        allowed = (
+            key_mask[:, None].expand(batch, heads, -1).gather(2, chosen.flatten(2)).view(chosen.shape).unsqueeze(3)
+        )
         weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~allowed, 0.0)
     output = (weights @ value).flatten(2, 3)
     return output.gather(2, place.unsqueeze(-1).expand(-1, -1, -1, value.shape[-1]))
