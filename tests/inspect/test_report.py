@@ -29,7 +29,7 @@ def test_a_finished_run(run_dir: Path) -> None:
     path = write_report(run_dir)
     assert path == run_dir / "report.html"
     page = path.read_text()
-    assert check_page(page) == 20  # ten mistakes, five narrow and five sure answers, each with its picture
+    assert check_page(page) == 24  # twelve mistakes, six narrow and six sure answers, each with its picture
     for heading in ("Overview", "Curves", "Confusion", "Classes", "Examples", "Data", "Setup"):
         assert f">{heading}</h2>" in page
     assert "Loss over the steps" in page
@@ -52,8 +52,8 @@ def test_group_pictures_of_test_samples(run_dir: Path) -> None:
     network = Network(StripeNet(1).eval(), "stripes", (32, 32), 1, (0.5,), (0.5,), [], trained=True)
     run = read_run(run_dir)
     page = build_report(run, open_data("digits"), network)
-    # Three samples; of each two blocks; two heads and six groups (four where the grid has four rows: two in each head).
-    assert check_page(page) > 20 + 3 * 2 * 2
+    # Of each of three samples two blocks, of each block two heads and six groups, besides the examples.
+    assert check_page(page) == 24 + 3 * 2 * (2 + 6)
     assert "parameters" in dict(headline(run, network))
     assert "taken for" in page
 

@@ -88,7 +88,10 @@ def test_figures_can_be_saved(found: list) -> None:
     picture = np.zeros((32, 64, 3), np.uint8)
     heads = by_block(found)[0]
     sheet = block_figure(picture, heads, groups=2, title="a title")
-    assert len(sheet.axes) == len(heads) * (1 + 2 + 1)  # all groups, two groups, sizes
+    assert len(sheet.axes[0].images) == len(heads) * (1 + 2)  # all groups at once, and two of them
+    captions = [text.get_text() for text in sheet.axes[0].texts]
+    assert captions.count("all groups") == len(heads)
+    assert captions.count("tokens per group, largest first · 0 empty") == len(heads)
     for figure in (sheet, sizes_figure(found)):
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")

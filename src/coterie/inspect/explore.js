@@ -44,7 +44,7 @@
     }
     g.save(); g.clip(cells); g.drawImage(layer.member, 0, 0); g.restore();
     g.strokeStyle = EDGE; g.lineWidth = big ? 2 : 1; g.stroke(edges);
-    const keys = block.k < rows * columns + block.prefix ? head.keys(group) : [], most = Math.min(Math.max(Math.min(w, h) * 0.36, big ? 2 : 1.4), big ? 13 : 6);
+    const keys = block.k < rows * columns + block.prefix ? head.keys(group) : [], most = Math.min(Math.max(Math.min(w, h) * 0.36, big ? 4 : 2), big ? 13 : 6);
     for (let i = keys.length - 1; i >= 0; i--) {
       const x = (keys[i] % columns + 0.5) * w, y = (Math.floor(keys[i] / columns) + 0.5) * h;
       g.beginPath(); g.arc(x, y, most * (1 - 0.4 * i / Math.max(keys.length - 1, 1)), 0, 2 * Math.PI);

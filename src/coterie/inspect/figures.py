@@ -14,8 +14,10 @@ from coterie.inspect.groups import StageGroups, by_block, most_interesting
 from coterie.inspect.tiles import draw_all_groups, draw_group
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LEFT, TOP, GAP_X, GAP_Y, CHART = 0.62, 0.98, 0.14, 0.40, 2.2  # of a sheet, in inches
 ACCENT, WARM, MUTED, INK = "#3366cc", "#e07b18", "#6b7482", "#1b2028"
 
 
@@ -25,52 +27,29 @@ def block_figure(picture: np.ndarray, heads: list[StageGroups], groups: int = 5,
 
     if not heads:
         raise ValueError("heads: got none, takes the heads of one block (see coterie.inspect.groups.by_block)")
-    aspect = picture.shape[0] / picture.shape[1]
-    cell_w, cell_h = (2.0, 2.0 * aspect) if aspect <= 1 else (2.0 / aspect, 2.0)
-    chart_w = 2.1
-    left, gap_x, gap_y, top, bottom = 0.62, 0.14, 0.40, 0.92, 0.46
-    width = left + (groups + 1) * (cell_w + gap_x) + 0.55 + chart_w + 0.15
-    height = top + len(heads) * (cell_h + gap_y) + bottom
-    figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
-
-    def axes_at(x: float, y: float, w: float, h: float):
-        return figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
-
     first = heads[0]
-    rows, columns = first.grid
-    keys = f"{first.selected.shape[1]} keys each. Blue: members. Orange: chosen keys (larger = more relevant)."
-    keys = "every token is a key of every group. Blue: members." if first.attends_to_all else keys
-    figure.text(
-        left / width, 1 - 0.32 / height, title or first.label, fontsize=13, weight="bold", color=INK, va="center"
-    )
-    figure.text(
-        left / width, 1 - 0.58 / height, va="center", fontsize=8.5, color=MUTED,
-        s=f"{first.module or first.label}: {rows}×{columns} tokens, {len(heads)} heads, {first.groups} groups, "
-        f"{keys}",
-    )  # fmt: skip
+    aspect = picture.shape[0] / picture.shape[1]
+    tile_w, tile_h = (2.0, 2.0 * aspect) if aspect <= 1 else (2.0 / aspect, 2.0)
+    chart_x = LEFT + (groups + 1) * (tile_w + GAP_X) + 0.55
+    width, height = chart_x + CHART + 0.2, TOP + len(heads) * (tile_h + GAP_Y) + 0.2
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
+    # One pair of axes for everything, in inches from the top left: fifty pairs take seconds to draw.
+    sheet = figure.add_axes((0, 0, 1, 1))
+    sheet.set_axis_off()
+    sheet.text(LEFT, 0.32, title or first.label, fontsize=13, weight="bold", color=INK, va="center")
+    sheet.text(LEFT, 0.58, _about(first, len(heads)), fontsize=8.5, color=MUTED, va="center")
     for index, head in enumerate(heads):
-        y = top + index * (cell_h + gap_y)
-        figure.text(
-            0.28 / width,
-            1 - (y + cell_h / 2) / height,
-            f"head {head.head + 1}",
-            rotation=90,
-            ha="center",
-            va="center",
-            color=INK,
-        )
+        y = TOP + index * (tile_h + GAP_Y)
+        sheet.text(0.28, y + tile_h / 2, f"head {head.head + 1}", rotation=90, ha="center", va="center", color=INK)
         tiles = [("all groups", draw_all_groups(picture, head))]
         for group in most_interesting(head, groups):
             tiles.append((f"group {group} · {head.counts[group]} tokens", draw_group(picture, head, group)))
         for column, (caption, tile) in enumerate(tiles):
-            axes = axes_at(left + column * (cell_w + gap_x), y, cell_w, cell_h)
-            axes.imshow(tile)
-            axes.set_axis_off()
-            axes.set_title(caption, fontsize=8, color=MUTED, pad=3)
-        chart = axes_at(left + (groups + 1) * (cell_w + gap_x) + 0.55, y, chart_w, cell_h)
-        _sizes(chart, head.counts)
-        if index == len(heads) - 1:
-            chart.set_xlabel("group, largest first", fontsize=8, color=MUTED)
+            x = LEFT + column * (tile_w + GAP_X)
+            sheet.imshow(tile, extent=(x, x + tile_w, y + tile_h, y))
+            sheet.text(x + tile_w / 2, y - 0.04, caption, fontsize=8, color=MUTED, ha="center", va="bottom")
+        _draw_sizes(sheet, head.counts, chart_x, y, tile_h)
+    sheet.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     return figure
 
 
@@ -113,12 +92,26 @@ def sizes_figure(found: list[StageGroups], title: str = "Group sizes") -> Figure
     return figure
 
 
-def _sizes(axes, counts: np.ndarray) -> None:
+def _about(head: StageGroups, heads: int) -> str:
+    keys = f"{head.selected.shape[1]} keys each. Blue: members. Orange: chosen keys (larger = more relevant)."
+    if head.attends_to_all:
+        keys = "every token is a key of every group. Blue: members."
+    size = f"{head.grid[0]}×{head.grid[1]} tokens, {heads} heads, {head.groups} groups"
+    return f"{head.module or head.label}: {size}, {keys}"
+
+
+def _draw_sizes(sheet: Axes, counts: np.ndarray, x: float, y: float, height: float) -> None:
+    """Tokens per group, the largest group first, as steps in a box at (x, y); the mean as a line."""
     ordered = np.sort(counts)[::-1]
-    axes.bar(np.arange(len(ordered)), ordered, width=1.0, color=ACCENT, alpha=0.85)
-    axes.axhline(counts.mean(), color=WARM, linewidth=1)
-    axes.set_xticks([0, len(ordered) - 1], ["1", str(len(ordered))])
-    axes.set_xlim(-0.5, len(ordered) - 0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=7, colors=MUTED)
-    axes.set_title(f"tokens per group · {int((counts == 0).sum())} empty", fontsize=8, color=MUTED, pad=3)
+    bottom = y + height
+    scale = (height - 0.12) / max(int(ordered[0]), 1)
+    edges = np.linspace(x, x + CHART, len(ordered) + 1)
+    tops = bottom - np.append(ordered, ordered[-1]) * scale
+    sheet.fill_between(edges, bottom, tops, step="post", color=ACCENT, alpha=0.85, linewidth=0)
+    sheet.plot([x, x + CHART], [bottom, bottom], color=MUTED, linewidth=0.8)
+    mean = bottom - counts.mean() * scale
+    sheet.plot([x, x + CHART], [mean, mean], color=WARM, linewidth=1)
+    sheet.text(x + CHART, mean - 0.02, f"mean {counts.mean():.1f}", fontsize=7, color=WARM, ha="right", va="bottom")
+    sheet.text(x - 0.05, bottom - ordered[0] * scale, str(ordered[0]), fontsize=7, color=MUTED, ha="right", va="center")
+    caption = f"tokens per group, largest first · {int((counts == 0).sum())} empty"
+    sheet.text(x + CHART / 2, y - 0.04, caption, fontsize=8, color=MUTED, ha="center", va="bottom")

@@ -27,12 +27,12 @@ def block_tiles(picture: np.ndarray, heads: Sequence[StageGroups], name: str, mo
     tiles = []
     groups = TILES - min(len(heads), most_heads)
     for head in heads[:most_heads]:
-        caption = f"head {head.head + 1}, all {head.groups} groups"
+        caption = f"head {head.head + 1} · all groups"
         alt = f"{name}, {head.label}, head {head.head + 1}: every token in the colour of its group"
         tiles.append(page.picture(data_uri(draw_all_groups(picture, head)), alt, caption))
     for head, group in _showpieces(heads, groups):
         count = int(head.counts[group])
-        caption = f"head {head.head + 1}, group {group}: {count} token{'s' if count != 1 else ''}"
+        caption = f"head {head.head + 1} · {count} token{'s' if count != 1 else ''}"
         alt = f"{name}, {head.label}, head {head.head + 1}: group {group}, {count} tokens, and the keys it chose"
         tiles.append(page.picture(data_uri(draw_group(picture, head, group)), alt, caption))
     rows, columns = heads[0].grid

@@ -131,6 +131,6 @@ def picture(uri: str, alt: str, caption: str = "", pixelated: bool = False) -> s
     return f'<figure><img src="{uri}" alt="{text(alt)}" loading="lazy"{kind}>{shown}</figure>'
 
 
-def details(summary: str, content: str, opened: bool = False) -> str:
+def details(summary: str, content: str) -> str:
     """Content that opens on a click."""
-    return f"<details{' open' if opened else ''}><summary>{text(summary)}</summary>{content}</details>"
+    return f"<details><summary>{text(summary)}</summary>{content}</details>"

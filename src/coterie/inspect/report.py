@@ -282,10 +282,7 @@ def _setup(run: Run) -> str:
     if run.config_text:
         parts.append(
             page.card(
-                page.details(
-                    f"The whole configuration ({CONFIG})", f"<pre>{page.text(run.config_text)}</pre>", opened=True
-                ),
-                "Configuration",
+                page.details(f"All settings ({CONFIG})", f"<pre>{page.text(run.config_text)}</pre>"), "Configuration"
             )
         )
     return f'<div class="stack">{"".join(parts)}</div>'

@@ -22,7 +22,7 @@ logger = logging.getLogger("coterie.inspect")
 MATRIX_CLASSES = 20  # above this the numbers in the cells cannot be read any more
 PAIRS_SHOWN = 20
 ROWS_SHOWN = 60
-EXAMPLES = 10
+EXAMPLES = 12
 PICTURE_SIDE = 256
 
 

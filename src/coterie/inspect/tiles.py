@@ -112,7 +112,7 @@ def _mark_keys(picture: np.ndarray, keys: np.ndarray, grid: tuple[int, int]) -> 
     layer = Image.new("RGBA", (width * zoom, height * zoom), (0, 0, 0, 0))
     pen = ImageDraw.Draw(layer)
     step_y, step_x = height / grid[0], width / grid[1]
-    largest = min(max(min(step_x, step_y) * 0.36, 1.5), 8.0)
+    largest = min(max(min(step_x, step_y) * 0.36, 2.2), 8.0)
     for rank in range(len(keys) - 1, -1, -1):
         row, column = divmod(int(keys[rank]), grid[1])
         x, y = (column + 0.5) * step_x * zoom, (row + 0.5) * step_y * zoom
