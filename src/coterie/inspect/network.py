@@ -94,7 +94,8 @@ def open_run(run_dir: str | Path) -> Network:
     if how.image_size is None or how.mean is None or how.std is None:
         raise ValueError(f"run: {run_dir} does not say how its pictures were prepared (source.json is incomplete)")
     size = (how.image_size, how.image_size) if isinstance(how.image_size, int) else how.image_size
-    name, channels, classes = run.config.model.name, run.source.channels, list(run.source.classes)
+    name = run.config.model.name or type(run.model).__name__
+    channels, classes = run.source.channels, list(run.source.classes)
     return Network(run.model.eval(), name, size, channels, how.mean, how.std, classes, trained=True)
 
 
