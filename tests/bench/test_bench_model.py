@@ -130,3 +130,17 @@ def test_an_image_size_that_does_not_fit(quick: Settings) -> None:
 def test_wrong_cases(wrong: dict) -> None:
     with pytest.raises(ValueError, match=r"at least 1|unknown"):
         ModelCase(**wrong)
+
+
+def test_a_compiled_model_must_give_what_the_plain_one_gives() -> None:
+    case = ModelCase(size=32, batch=2, compile=True)
+    model = make_model("test_vit", case)
+    images = make_images(model, case)
+    weights = [parameter.clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        output = model(images)
+    assert model_module._check_compiled(model, images, lambda: output, case) is None
+    message = model_module._check_compiled(model, images, lambda: output * 1.001, case)
+    assert message is not None
+    assert "wrong result, not timed: compiled output: error" in message
+    assert all(torch.equal(before, after) for before, after in zip(weights, model.parameters()))

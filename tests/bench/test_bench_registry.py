@@ -1,5 +1,7 @@
 """The register of measurable operations, its cases, and the FLOP formulas against torch's own counter."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import bench_ops
@@ -126,3 +128,10 @@ def test_conditions_travel() -> None:
         found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"] in torch.__version__
     )
     assert found["date"].endswith("+00:00")
+
+
+def test_importing_the_bench_loads_nothing_heavy() -> None:
+    heavy = ("timm", "triton", "transformers", "matplotlib", "rich", "torchvision", "accelerate")
+    code = f"import sys, coterie.bench; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

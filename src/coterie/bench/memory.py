@@ -58,7 +58,7 @@ def measure_in_child(target: str, arguments: dict[str, Any], *, timeout: float =
     try:
         done = subprocess.run(
             # The file, not the module, so that nothing is loaded but what the job needs; -P keeps its folder, whose
-            # files have names of standard modules, out of the import path.
+            # files are called like modules of others, out of the import path.
             [sys.executable, "-P", str(Path(__file__).with_name("_memory_child.py"))],
             input=json.dumps(job),
             capture_output=True,

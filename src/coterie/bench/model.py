@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from coterie.bench import memory
 from coterie.bench.conditions import DTYPES, matmul_rate, open_device, open_dtype, synchronizer
@@ -251,6 +250,8 @@ def _measure(
 
 def _check(model: nn.Module, images: Tensor, case: ModelCase) -> tuple[dict[str, Any], str | None]:
     """Parameters and FLOPs, and why the model must not be timed (None if it may be)."""
+    from torch.utils.flop_counter import FlopCounterMode  # loads triton
+
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         output = model.eval()(images)
     model.train(case.train)

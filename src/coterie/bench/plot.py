@@ -67,7 +67,7 @@ def _draw_bars(report: dict[str, Any]) -> Figure:
     results = [result for result in report["results"] if any("seconds" in e for e in result["contenders"])]
     heights = [0.5 + 0.42 * len(result["contenders"]) for result in results]
     height = sum(heights) + 0.55 * len(results) + 0.5
-    figure = Figure(figsize=(8, height), layout=ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95)))
+    figure = Figure(figsize=(8, height), layout=ConstrainedLayoutEngine(rect=(0, 0.2 / height, 1, 1 - 0.2 / height)))
     panels = figure.subplots(len(results), 1, squeeze=False, height_ratios=heights)[:, 0]
     colours = _colours(report)
     for axes, result in zip(panels, results, strict=True):
