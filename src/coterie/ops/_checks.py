@@ -69,8 +69,11 @@ def check_scale(op: str, scale: Any) -> None:
 
 
 def check_finite_once(op: str, name: str, value: Tensor) -> None:
-    """`value` holds no NaN or infinity. Looked at once per content of a tensor, as looking makes a GPU wait; not while tracing."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() and value.requires_grad and value.is_cuda:
+    """`value` holds no NaN or infinity.
+
+    Looked at once per content of a tensor, and not where looking would cost: while tracing, and in training on a GPU, which would wait.
+    """
+    if torch.compiler.is_compiling() or (value.is_cuda and torch.is_grad_enabled()):
         return
     if type(value) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) or value.is_meta:
         return

@@ -29,11 +29,11 @@ class Call:
 
     @classmethod
     def of(cls, *tensors: Tensor) -> "Call":
-        """Describe a call by its floating tensors; the first one gives device, dtype and head_dim."""
+        """Describe a call by its floating tensors: device and dtype of the first, the largest head_dim of all."""
         return cls(
             device=tensors[0].device.type,
             dtype=tensors[0].dtype,
-            head_dim=tensors[0].shape[-1],
+            head_dim=max(t.shape[-1] for t in tensors),
             needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
             exporting=torch.compiler.is_exporting(),
         )
