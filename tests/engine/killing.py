@@ -1,8 +1,10 @@
-"""Trains in child processes, kills them with SIGKILL at given moments, and resumes: python killing.py RUN_DIR MOMENT ...
+"""Trains in child processes, kills them with SIGKILL at given moments, and resumes.
 
-A moment is `start` (before the first step), `writing` (while a checkpoint is being written), `step:N` (after the line of
-step N was logged), or `finishing` (while the final weights are being written). After the last one the run is resumed to
-its end. Children are forked, so that the imports are paid for once.
+    python killing.py RUN_DIR MOMENT ...
+
+A moment is `start` (before the first step), `writing` (while a checkpoint is being written), `step:N` (after the line
+of step N was logged), or `finishing` (while the final weights are being written). After the last one the run is resumed
+to its end. Children are forked, so that the imports are paid for once.
 """
 
 import os

@@ -70,7 +70,7 @@ def test_nan_loss_stops_with_step_checkpoint_and_hint(tmp_path: Path, monkeypatc
         return result
 
     monkeypatch.setattr(Classification, "loss", loss)
-    with pytest.raises(NonFiniteLoss, match=r"loss became nan at step 8 of 10; last good checkpoint: .*step-00000005; lower"):
+    with pytest.raises(NonFiniteLoss, match=r"nan at step 8 of 10; last good checkpoint: .*step-00000005; lower"):
         train(tiny(tmp_path / "run", output__log_every=100))
     last = checkpoint.read_tensors(checkpoint.latest(tmp_path / "run" / "checkpoints"), "model")
     assert all(bool(value.isfinite().all()) for value in last.values())
@@ -83,9 +83,26 @@ def test_divergence_in_the_gradient_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import sys; from coterie.cli import main; sys.exit(main(sys.argv[1:]))", "train",
-               "--data.source", "digits", "--transform.image_size", "16", "--model.name", "dgt_pico", "--train.device", "cpu",
-               "--output.dir", str(tmp_path / "run"), "--output.log_every", "1", "--train.epochs", "100"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from coterie.cli import main; sys.exit(main(sys.argv[1:]))",
+        "train",
+        "--data.source",
+        "digits",
+        "--transform.image_size",
+        "16",
+        "--model.name",
+        "dgt_pico",
+        "--train.device",
+        "cpu",
+        "--output.dir",
+        str(tmp_path / "run"),
+        "--output.log_every",
+        "1",
+        "--train.epochs",
+        "100",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size):
@@ -114,6 +131,8 @@ def test_corrupt_images_are_reported_and_the_others_done(tmp_path: Path, finishe
     (tmp_path / "bad.png").write_bytes(b"\x89PNG not really")
     paths = [tmp_path / "bad.png", tmp_path / "good.png", tmp_path / "missing.png"]
     bad, good, missing = predict(finished_run, paths, device="cpu")
-    assert bad.error and missing.error and not bad.answers
+    assert bad.error
+    assert missing.error
+    assert not bad.answers
     assert good.error is None
     assert sum(certainty for _, certainty in good.answers) == pytest.approx(1.0, abs=1e-5)

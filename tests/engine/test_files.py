@@ -44,9 +44,13 @@ def test_folder_appears_whole(tmp_path: Path) -> None:
 
 
 def test_failed_folder_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="broken"), atomic_folder(tmp_path / "step") as folder:
-        (folder / "a").write_text("a")
-        raise RuntimeError("broken")
+    def write_and_break() -> None:
+        with atomic_folder(tmp_path / "step") as folder:
+            (folder / "a").write_text("a")
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        write_and_break()
     assert list(tmp_path.iterdir()) == []
 
 

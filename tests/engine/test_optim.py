@@ -1,5 +1,7 @@
 """Which parameters decay, and the course of the learning rate."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -46,7 +48,7 @@ def test_learning_rate_warms_up_peaks_and_falls_to_its_final_share() -> None:
     rates = [learning_rate(step, 100, 10, 1.0, schedule) for step in range(101)]
     assert rates[0] == pytest.approx(1 / 11)
     assert rates[10] == pytest.approx(1.0)
-    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
-    assert all(a > b for a, b in zip(rates[10:100], rates[11:], strict=True))
+    assert all(a < b for a, b in pairwise(rates[:11]))
+    assert all(a > b for a, b in pairwise(rates[10:]))
     assert rates[100] == pytest.approx(0.1)
     assert learning_rate(0, 5, 10, 1.0, schedule) > 0  # a warm-up longer than the run

@@ -104,3 +104,30 @@ def test_log_keeps_only_what_the_checkpoint_knows(tmp_path: Path) -> None:
         file.write('{"event": "train", "st')  # a kill in the middle of a line
     Logs(tmp_path, after_step=3).close()
     assert [event["step"] for event in read_events(tmp_path)] == [1, 2, 3]
+
+
+def test_damaged_checkpoint_is_written_again_and_a_whole_one_is_left(finished_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(finished_run / "checkpoints", folder)
+    last = checkpoint.latest(folder)
+    tensors = {"model": checkpoint.read_tensors(last, "model")}
+    whole = (last / "average.safetensors").stat().st_mtime_ns
+    checkpoint.save(folder, 10, tensors, {})
+    assert (last / "average.safetensors").stat().st_mtime_ns == whole
+    (last / "optimizer.safetensors").unlink()
+    assert checkpoint.latest(folder) != last
+    checkpoint.save(folder, 10, tensors, {})
+    assert checkpoint.latest(folder) == last
+    assert {path.name for path in last.iterdir()} == {"model.safetensors", "state.json"}
+
+
+def test_another_model_s_checkpoint_is_refused(finished_run: Path) -> None:
+    from torch import nn
+
+    tensors = checkpoint.read_tensors(checkpoint.latest(finished_run / "checkpoints"), "model")
+    with pytest.raises(ValueError, match=r"weights does not fit the model: it lacks weight and 1 more; it has "):
+        checkpoint.load_weights(nn.Linear(2, 2), tensors, Path("weights"))
+    with pytest.raises(ValueError, match="size mismatch for weight"):
+        checkpoint.load_weights(nn.Linear(2, 2), nn.Linear(3, 2).state_dict(), Path("weights"))

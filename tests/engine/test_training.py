@@ -24,9 +24,15 @@ def losses(run_dir: Path) -> list[float]:
 def test_run_folder_is_complete(finished_run: Path) -> None:
     names = {path.name for path in finished_run.iterdir()}
     assert names == {
-        "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "model.safetensors", "predictions.npz",
-        "source.json", "tensorboard",
-    }  # fmt: skip
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "predictions.npz",
+        "source.json",
+        "tensorboard",
+    }
     assert load_config(finished_run / "config.yaml").model.name == "dgt_pico"
     assert json.loads((finished_run / "environment.json").read_text())["torch"] == torch.__version__
     assert list((finished_run / "tensorboard").iterdir())
@@ -38,7 +44,9 @@ def test_log_has_every_event_once(finished_run: Path) -> None:
     assert train_steps == [2, 4, 5, 6, 8, 10]  # every 2 steps and at the end of each epoch of 5
     evals = [event for event in events if event["event"] == "eval"]
     assert [(event["step"], event["epoch"]) for event in evals] == [(5, 1), (10, 2)]
-    assert all({"loss", "lr", "images_per_s", "grad_norm"} <= event.keys() for event in events if event["event"] == "train")
+    assert all(
+        {"loss", "lr", "images_per_s", "grad_norm"} <= event.keys() for event in events if event["event"] == "train"
+    )
     assert {"loss", "accuracy", "macro_accuracy", "top5_accuracy", "split"} <= evals[-1].keys()
 
 
@@ -95,13 +103,17 @@ def test_centroids_from_data_differ_from_random_ones(tmp_path: Path) -> None:
 
 def test_training_is_repeatable_and_accumulation_changes_only_rounding(tmp_path: Path) -> None:
     # Without batch normalisation, whose statistics are those of a part.
-    model = {"model__name": "vit_tiny_patch16_224",
-             "model__options": {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}}  # fmt: skip
+    model = {
+        "model__name": "vit_tiny_patch16_224",
+        "model__options": {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2},
+    }
     train(tiny(tmp_path / "whole", **model))
     train(tiny(tmp_path / "again", **model))
     train(tiny(tmp_path / "parts", **model, train__accumulate=3))
     assert losses(tmp_path / "whole") == losses(tmp_path / "again")
-    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "whole").values(), weights(tmp_path / "again").values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights(tmp_path / "whole").values(), weights(tmp_path / "again").values())
+    )
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
 
 
@@ -120,7 +132,9 @@ def test_bf16_with_mixup_and_drop_path_trains(tmp_path: Path) -> None:
 
 
 def test_checkpoints_kept_are_the_last_ones_and_the_best(tmp_path: Path) -> None:
-    train(tiny(tmp_path / "run", train__epochs=4, output__keep=1, optim__lr=0.0))  # nothing learned: the first stays best
+    train(
+        tiny(tmp_path / "run", train__epochs=4, output__keep=1, optim__lr=0.0)
+    )  # nothing learned: the first stays best
     kept = [path.name for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")]
     assert kept[-1] == "step-00000020"
     best = checkpoint.read_state(checkpoint.latest(tmp_path / "run" / "checkpoints"))["best"]["step"]

@@ -1,8 +1,9 @@
-"""Run by two processes (`accelerate launch`): checks batch normalisation over ranks, then trains into the folder given."""
+"""Run by two processes (`accelerate launch`): checks batch normalisation over ranks, then trains into a folder."""
 
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 from timm.layers import BatchNormAct2d
@@ -14,7 +15,7 @@ from coterie.engine.distributed import synchronize_batch_norm
 
 
 def check_batch_norm(rank: int) -> None:
-    """Statistics, output, gradients and running buffers equal those of plain batch normalisation over the joint batch."""
+    """Output, gradients and running buffers equal those of plain batch normalisation over the joint batch."""
     for plain in (nn.BatchNorm2d(6), BatchNormAct2d(6), nn.BatchNorm2d(6, affine=False, momentum=None)):
         torch.manual_seed(0)
         x = torch.randn(5, 6, 3, 4) * 3 + 1  # ranks hold 2 and 3 samples
@@ -47,9 +48,5 @@ if __name__ == "__main__":
     result = train(tiny(Path(sys.argv[1])))
     assert result.main == accelerator.is_main_process
     # What the main process finds wrong stops every process, with the same words.
-    try:
+    with pytest.raises(ValueError, match="already holds a run"):
         train(tiny(Path(sys.argv[1])))
-    except ValueError as error:
-        assert "already holds a run" in str(error)
-    else:
-        raise SystemExit("a second run in the folder was not refused")

@@ -8,6 +8,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Callable
 
 HELP = "list models, attention mechanisms, operations, data and tasks"
@@ -44,7 +45,10 @@ def _ops() -> list[str]:
     import coterie.ops
 
     functions = [getattr(coterie.ops, name) for name in coterie.ops.__all__]
-    return [f"{function.__name__:<24}  {_summary(function)}" for function in functions if callable(function)]
+    on_tensors = [
+        f for f in functions if inspect.isfunction(f) and next(iter(inspect.signature(f).parameters), "") == "query"
+    ]
+    return [f"{function.__name__:<24}  {_summary(function)}" for function in on_tensors]
 
 
 def _data() -> list[str]:

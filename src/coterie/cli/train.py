@@ -7,13 +7,15 @@ examples:
   coterie train --config recipes/cifar10.yaml --train.epochs 5 --model.options.attention global
   coterie train --resume runs/digits                         go on with a run that was stopped or killed
   coterie train --print_config                               show the whole configuration and stop
-  accelerate launch --multi_gpu --num_processes 2 -m coterie.cli train ...      several processes
+  accelerate launch --multi_gpu --num_processes 2 $(which coterie) train ...    several processes
 """
 
 from __future__ import annotations
 
+import difflib
+import functools
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -27,6 +29,8 @@ def configure(parser: ArgumentParser) -> None:
     from coterie.engine.config import add_arguments
 
     add_arguments(parser)
+    parser.usage = "coterie train [--config FILE] [--SECTION.FIELD VALUE ...] [--resume [RUN]] [--no-report]"
+    parser.error = functools.partial(_refuse, parser)  # type: ignore[method-assign]
     parser.add_argument(
         "--resume", nargs="?", const=True, metavar="RUN",
         help="go on from the latest checkpoint of the folder RUN (or of output.dir)",
@@ -63,3 +67,14 @@ def _report(run_dir: Any) -> None:
     from coterie.inspect.report import write_report
 
     print(f"report: {write_report(run_dir)}")
+
+
+def _refuse(parser: ArgumentParser, message: str, cause: Exception | None = None) -> NoReturn:
+    """One line instead of a page of usage, with the nearest option where a name is wrong."""
+    text = " ".join(message.split())
+    known = [option for action in parser._actions for option in action.option_strings]
+    wrong = [word.split("=")[0] for word in text.split() if word.startswith("--")]
+    near = difflib.get_close_matches(wrong[0], known, 1) if wrong and wrong[0] not in known else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    print(f"coterie train: error: {text}{hint}", file=sys.stderr)
+    raise SystemExit(2)

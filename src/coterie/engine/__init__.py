@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from coterie.engine.config import RunConfig, load_config
     from coterie.engine.evaluation import Evaluation, Prediction, evaluate, predict
-    from coterie.engine.loop import NonFiniteLoss, RunResult, train
+    from coterie.engine.loop import RunResult, train
     from coterie.engine.runs import LoadedRun, load_run
+    from coterie.engine.window import NonFiniteLoss
 
 # Resolved on first use: `coterie.engine.files` is imported by floors that need neither Accelerate nor jsonargparse.
 _HOME = {
     "Evaluation": "evaluation",
     "LoadedRun": "runs",
-    "NonFiniteLoss": "loop",
+    "NonFiniteLoss": "window",
     "Prediction": "evaluation",
     "RunConfig": "config",
     "RunResult": "loop",

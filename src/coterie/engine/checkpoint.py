@@ -32,6 +32,10 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         StorageError: the disk did not take it; earlier checkpoints are intact.
     """
     path = folder / f"step-{step:08d}"
+    if path.exists():
+        if read_state(path) is not None:
+            return path  # a run comes to the same step with the same state
+        remove_folder(path)
     with atomic_folder(path) as temporary:
         for name, entries in tensors.items():
             save_tensors(temporary / f"{name}.safetensors", entries)
@@ -41,13 +45,18 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors; shared storage is written once per name."""
+    """Write tensors as safetensors. Raises StorageError when the disk does not take them."""
     from safetensors import SafetensorError
 
     try:
-        save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, path)
+        save_file(storable(tensors), path)
     except SafetensorError as error:  # this is how a full disk arrives here
         raise StorageError(f"cannot write {path}: {error}; free space or choose another folder") from error
+
+
+def storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, each with a storage of its own, as safetensors takes them."""
+    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -57,7 +66,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def latest(folder: Path) -> Path | None:
     """The last whole checkpoint, or None."""
-    return (list_checkpoints(folder) or [None])[-1]
+    whole = list_checkpoints(folder)
+    return whole[-1] if whole else None
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
@@ -87,7 +97,7 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state under the names of the parameters: `<parameter>|<key>`."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}|{key}": torch.as_tensor(value)
         for parameter, values in optimizer.state.items()

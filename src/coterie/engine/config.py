@@ -1,8 +1,8 @@
 """The typed configuration of a run: nested dataclasses, read from YAML and dotted overrides, saved with the run.
 
-`coterie train --config recipes/digits.yaml --train.epochs 5` reads the file, then applies the overrides. A key or a type
-that is wrong is an error that names it. What a run was trained with stands in `config.yaml` in its folder; the file reads
-back to the same configuration.
+`coterie train --config recipes/digits.yaml --train.epochs 5` reads the file, then applies the overrides. A key or a
+type that is wrong is an error that names it. What a run was trained with stands in `config.yaml` in its folder; the
+file reads back to the same configuration.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ class ModelConfig:
     """The network.
 
     Attributes:
-        name: A name that `coterie list models` prints, or that of any timm model.
+        name: A name that `coterie list models` prints, or that of any timm model. If not given, by the size of the
+            pictures: dgt_nano up to 64 pixels, dgt_tiny above.
         options: Keyword arguments of the model, for example `--model.options.attention global`.
-        drop_path: Probability of dropping a residual branch (stochastic depth), growing linearly up to this in the last block.
+        drop_path: Probability of dropping a residual branch (stochastic depth); grows linearly up to this.
         centroid_init: Where the centroids of dynamic groups start: random unit vectors, or k-means of the first batch.
     """
 
-    name: str = "dgt_nano"
+    name: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     drop_path: float = 0.0
     centroid_init: Literal["random", "data"] = "random"
@@ -140,7 +141,7 @@ class OutputConfig:
     """What is written, and how often.
 
     Attributes:
-        dir: Folder of the run; `runs/DATA-MODEL` if not given.
+        dir: Folder of the run; `runs/DATA` if not given.
         overwrite: Delete the run that the folder holds.
         log_every: Steps between two lines of the log.
         eval_every: Epochs between two evaluations; the last epoch is always evaluated.
@@ -188,7 +189,7 @@ class RunConfig:
         if self.output.dir is not None:
             return Path(self.output.dir)
         data = re.sub(r"[^\w.-]+", "-", self.data.source.rstrip("/").split("/")[-1]).strip("-.")
-        return Path("runs", f"{data}-{self.model.name.rpartition('/')[2]}")
+        return Path("runs", data)
 
 
 # What may change when a run goes on: none of it touches the weights.

@@ -62,8 +62,10 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
-    """Do `action` on the main rank alone; every rank gets its result, or raises the error it met, so that none waits for
-    one that has stopped."""
+    """Do `action` on the main rank alone; every rank gets its result, or raises the error that it met.
+
+    So none waits for one that has stopped.
+    """
     if accelerator.num_processes == 1:
         return action()
     from accelerate.utils import broadcast_object_list
@@ -80,7 +82,7 @@ def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     return shared[0]
 
 
-def mean_over_ranks(accelerator: Accelerator, values: Float[Tensor, " steps"]) -> Float[Tensor, " steps"]:
+def mean_over_ranks(accelerator: Accelerator, values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Elementwise mean over all processes."""
     return accelerator.reduce(values, reduction="mean") if accelerator.num_processes > 1 else values
 
@@ -135,7 +137,7 @@ class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
         return self.act(self.drop(y.to(input.dtype)))
 
     def _update_running(self, mean: Tensor, variance: Tensor, number: Tensor) -> None:
-        if not self.track_running_stats:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
         weight = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
@@ -144,7 +146,7 @@ class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Make every batch normalisation in `model` use the statistics of all ranks; parameters and buffers stay the same."""
+    """Make every batch normalisation in `model` use the statistics of all ranks; its state dict stays the same."""
     if device.type == "cuda":
         from timm.layers import convert_sync_batchnorm
 

@@ -1,8 +1,8 @@
 """Writing files so that a crash, a kill or a full disk never leaves half of one behind.
 
-A file or folder is written under a temporary name beside its destination, flushed to the disk, and renamed: on POSIX file
-systems the rename is atomic, so a reader sees the old state or the new one and nothing in between. Temporary names start
-with `.tmp-`, so that leftovers of a killed process are recognised (`remove_leftovers`).
+A file or folder is written under a temporary name beside its destination, flushed to the disk, and renamed: on POSIX
+file systems the rename is atomic, so a reader sees the old state or the new one and nothing in between. Temporary names
+start with `.tmp-`, so that leftovers of a killed process are recognised (`remove_leftovers`).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _sync_file(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make a rename durable; file systems that cannot sync a folder (some network ones) refuse, which is no loss of data."""
+    """Make a rename durable. File systems that cannot sync a folder (some network ones) refuse: no data is lost."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,8 +1,8 @@
 """The loop that trains any task: steps, evaluations, checkpoints, and going on where a run stopped.
 
-Everything that happens is a function of (configuration, step): the order and the augmentation of the pictures (see the
-loader), random draws (`seed_step`), the learning rate. So the weights, the optimizer's moments, their moving average and
-the step are all that a checkpoint needs for a killed run to end with the very weights of the unbroken one.
+Everything that happens is a function of (configuration, step): the order and the augmentation of the pictures (see
+the loader), random draws (`seed_step`), the learning rate. So the weights, the optimizer's moments, the moving average
+and the step are all that a checkpoint needs for a killed run to end with the very weights of the unbroken one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save as tensors_to_bytes
-from torch import Tensor, nn
+from torch import nn
 
 from coterie.attention import MovingCentroids, follow_learning_rate, initialize_centroids
 from coterie.engine import checkpoint
@@ -28,26 +28,22 @@ from coterie.engine.config import RunConfig, check
 from coterie.engine.distributed import (
     any_rank,
     make_accelerator,
-    mean_over_ranks,
     on_main,
     seed_step,
     synchronize_batch_norm,
 )
 from coterie.engine.evaluation import Evaluation, evaluate_split
 from coterie.engine.files import atomic_write
-from coterie.engine.inputs import build_loader, monitored_split, open_source, source_info
+from coterie.engine.inputs import build_loader, monitored_split, open_source, settle_config, source_info
 from coterie.engine.interrupt import Interrupt
 from coterie.engine.logs import Logs, read_events
 from coterie.engine.optim import build_optimizer, learning_rate, set_learning_rate
 from coterie.engine.progress import Progress
 from coterie.engine.runs import create_run, resolve_run, write_environment, write_source
+from coterie.engine.window import NonFiniteLoss, NonFiniteStep, Window
 from coterie.tasks import Batch, create_task
 
 BEFORE_TRAINING = 2**31 - 1  # the step under which initial weights are drawn; no run gets there
-
-
-class NonFiniteLoss(ArithmeticError):
-    """The loss or the gradient became NaN or infinite; the message has the step, the last good checkpoint and a hint."""
 
 
 @dataclass
@@ -88,9 +84,9 @@ def train(config: RunConfig, *, resume: bool = False, show: Callable[[RunConfig]
     accelerator = make_accelerator(config.train)
     config = on_main(accelerator, lambda: resolve_run(config, resume))
     trainer = Trainer(config, accelerator)
-    on_main(accelerator, lambda: create_run(config, resume))
+    on_main(accelerator, lambda: create_run(trainer.config, resume))
     if show and accelerator.is_main_process:
-        print(show(config))
+        print(show(trainer.config))
     return trainer.run(resume)
 
 
@@ -98,15 +94,16 @@ class Trainer:
     """One run in progress. Building it opens the data and the model, and writes nothing."""
 
     def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
-        self.config, self.accelerator = config, accelerator
+        self.accelerator = accelerator
         self.run_dir, self.checkpoints = config.run_dir, config.run_dir / "checkpoints"
         self.source = open_source(config)
+        self.config = config = settle_config(config, self.source)
         self.info = source_info(self.source, config)
         self.task = create_task(
             config.task.name, classes=self.info.classes, augment=config.augment, **config.task.options
         )
         self.monitored = monitored_split(self.source)
-        self.loader = build_loader(self.source, "train", self.info, config, accelerator, train=True)
+        self.loader = build_loader(self.source, "train", self.info, config, accelerator)
         self.test_loaders = {
             split: build_loader(self.source, split, self.info, config, accelerator, train=False)
             for split in {self.monitored, "test"}
@@ -115,9 +112,9 @@ class Trainer:
         self.steps = config.train.epochs * self.epoch_steps
         self._build_model()
         self.step = 0
-        self.best: dict[str, float] | None = None
-        self.unlogged: list[tuple[Tensor | float, Tensor | float]] = []  # loss and gradient norm of each step
-        self.paused = 0.0  # seconds of the current log window that went into evaluations and checkpoints
+        self.best: dict[str, Any] | None = None  # step and figure of the best evaluation
+        self.final: Evaluation | None = None  # of the last epoch
+        self.window = Window(accelerator)
 
     def _build_model(self) -> None:
         config, accelerator = self.config, self.accelerator
@@ -125,7 +122,8 @@ class Trainer:
         model = self.task.build_model(config.model, self.info).to(accelerator.device)
         has_centroids = any(isinstance(module, MovingCentroids) for module in model.modules())
         if has_centroids and config.model.centroid_init == "data":
-            first = next(self.loader.batches(0, 0, train=True))
+            # The first global batch, whole, on every rank: all start from the same centroids.
+            first = next(build_loader(self.source, "train", self.info, config).batches(0, 0, train=True))
             initialize_centroids(model, first["image"].to(accelerator.device))
         if accelerator.num_processes > 1:
             model = synchronize_batch_norm(model, accelerator.device)
@@ -174,16 +172,18 @@ class Trainer:
     def _announce(self) -> None:
         parameters = sum(parameter.numel() for parameter in self.plain_model.parameters())
         self.progress.line(self.source.describe())
-        self.progress.line(f"{self.config.model.name}: {parameters:,} parameters, {self.steps} steps of "
-                           f"{self.config.train.batch_size} images on {self.accelerator.num_processes} x "
-                           f"{self.accelerator.device.type}, into {self.run_dir}")  # fmt: skip
+        where = f"{self.accelerator.num_processes} x {self.accelerator.device.type}"
+        size = self.config.train.batch_size
+        self.progress.line(
+            f"{self.config.model.name}: {parameters:,} parameters, {self.steps} steps of {size} images on {where}"
+        )
+        self.progress.line(f"run folder: {self.run_dir}")
         if self.step:
             self.progress.line(f"going on from step {self.step}")
 
     def _train(self) -> bool:
         """Train from `self.step` to the end; True when interrupted."""
         output = self.config.output
-        self._start_window()
         while self.step < self.steps:
             epoch, start = divmod(self.step, self.epoch_steps)
             for batch in self.loader.batches(epoch, start, train=True):
@@ -194,16 +194,15 @@ class Trainer:
                 if logging:
                     self._log_training(epoch)
                 if epoch_ends:
-                    with self._pause():
+                    with self.window.pause():
                         self._end_epoch(epoch + 1)
                 elif output.checkpoint_every and self.step % output.checkpoint_every == 0:
-                    with self._pause():
+                    with self.window.pause():
                         self._save_checkpoint()
-                # Ranks may see the signal at different steps, so they must ask one another; not at every step, it costs.
+                # Ranks may see the signal at different steps, so they ask one another; not at every step, it costs.
                 alone = self.accelerator.num_processes == 1
                 if (alone or logging) and any_rank(self.accelerator, self.interrupt.requested):
-                    if not epoch_ends:
-                        self._save_checkpoint()
+                    self._save_checkpoint()
                     return self.step < self.steps
         return False
 
@@ -217,7 +216,7 @@ class Trainer:
         rows = len(next(iter(batch.values())))
         parts = min(config.train.accumulate, rows)
         split = {name: value.tensor_split(parts) for name, value in batch.items()}
-        total: Tensor | float = 0.0
+        total = torch.zeros((), device=accelerator.device)
         for number in range(parts):
             part = {name: pieces[number] for name, pieces in split.items()}
             last = number == parts - 1
@@ -233,7 +232,7 @@ class Trainer:
         self.step += 1
         if self.average is not None:
             self.average.update(self.plain_model, step=self.step)
-        self.unlogged.append((total, norm))
+        self.window.add(total, norm)
 
     def _learning_rate(self) -> float:
         schedule = self.config.schedule
@@ -243,9 +242,8 @@ class Trainer:
     def _end_epoch(self, done: int) -> None:
         """Evaluate where it is due, and write a checkpoint."""
         if done % self.config.output.eval_every == 0 or self.step == self.steps:
-            evaluation = self._evaluate(self.monitored, collect=self.step == self.steps)
-            self.final = evaluation
-            figures, name = evaluation.figures, self.task.summary
+            self.final = self._evaluate(self.monitored, collect=self.step == self.steps)
+            figures, name = self.final.figures, self.task.summary
             if self.best is None or figures[name] > self.best[name]:
                 self.best = {"step": self.step, name: figures[name]}
             if self.logs:
@@ -260,89 +258,51 @@ class Trainer:
 
     def _finish(self) -> dict[str, float]:
         """Write what a finished run leaves: weights, and what the model says about each sample of the test split."""
-        done = getattr(self, "final", None)
+        done = self.final
         if done is None or self.monitored != "test":
             done = self._evaluate("test", collect=True)
         if self.logs:
             if self.monitored != "test" and not any(event["event"] == "test" for event in read_events(self.run_dir)):
                 self.logs.write("test", self.step, self.config.train.epochs, split="test", **done.figures)
-            tensors = {
-                name: value.cpu().contiguous().clone() for name, value in self.answering_model.state_dict().items()
-            }
-            atomic_write(self.run_dir / "model.safetensors", tensors_to_bytes(tensors))
+            weights = checkpoint.storable(self.answering_model.state_dict())
+            atomic_write(self.run_dir / "model.safetensors", tensors_to_bytes(weights))
             buffer = io.BytesIO()
-            np.savez_compressed(buffer, **done.samples)
+            np.savez_compressed(buffer, allow_pickle=False, **done.samples)
             atomic_write(self.run_dir / "predictions.npz", buffer.getvalue())
         self.accelerator.wait_for_everyone()
         return done.figures
 
-    # The log
-
-    def _start_window(self) -> None:
-        self.window, self.paused = (time.monotonic(), self.step), 0.0
-
-    @contextlib.contextmanager
-    def _pause(self) -> Any:
-        """Time spent inside does not count as training time."""
-        start = time.monotonic()
-        yield
-        self.paused += time.monotonic() - start
-
-    def _fetch_unlogged(self) -> None:
-        """Turn the losses since the last log line into numbers, the mean of all ranks, and make sure they are finite.
-
-        Only here the host waits for the device, so a diverged run is noticed at the next log line or checkpoint, and still
-        told the exact step.
-        """
-        fetched = [index for index, (loss, _) in enumerate(self.unlogged) if isinstance(loss, Tensor)]
-        if not fetched:
-            return
-        values = torch.stack([torch.stack([torch.as_tensor(x).float() for x in self.unlogged[i]]) for i in fetched])
-        values = mean_over_ranks(self.accelerator, values.to(self.accelerator.device)).tolist()
-        for index, (loss, norm) in zip(fetched, values, strict=True):
-            self.unlogged[index] = (loss, norm)
-            # In fp16 an infinite gradient norm is routine: the loss scale was too high, and the step was skipped.
-            if not math.isfinite(loss) or not (math.isfinite(norm) or self.accelerator.scaler is not None):
-                step = self.step - len(self.unlogged) + index + 1
-                raise NonFiniteLoss(
-                    self._divergence(step, "loss" if not math.isfinite(loss) else "gradient", loss, norm)
-                )
-
-    def _divergence(self, step: int, what: str, loss: float, norm: float) -> str:
-        last = checkpoint.latest(self.checkpoints)
-        value = loss if what == "loss" else norm
-        hints = [f"lower optim.lr (now {self.config.optim.lr:g})"]
-        if not self.config.optim.clip_norm:
-            hints.append("clip gradients (optim.clip_norm 1)")
-        if self.config.train.precision != "no":
-            hints.append(f"train without {self.config.train.precision}")
-        if self.config.schedule.warmup_epochs < 1:
-            hints.append("warm up longer")
-        return (f"the {what} became {value} at step {step} of {self.steps}; last good checkpoint: {last or 'none yet'}; "
-                f"{', or '.join(hints)}, in a new run")  # fmt: skip
-
     def _log_training(self, epoch: int) -> None:
-        self._fetch_unlogged()
-        losses, norms = zip(*self.unlogged, strict=True)
-        finite = [norm for norm in norms if math.isfinite(norm)]
-        seconds = time.monotonic() - self.window[0] - self.paused
-        values = {
-            "loss": sum(losses) / len(losses),
-            "lr": self.plain_optimizer.param_groups[0]["lr"],
-            "images_per_s": round((self.step - self.window[1]) * self.config.train.batch_size / max(seconds, 1e-9), 1),
-        }
-        if finite:
-            values["grad_norm"] = sum(finite) / len(finite)
+        try:
+            values = self.window.close(self.config.train.batch_size)
+        except NonFiniteStep as found:
+            raise self._divergence(found) from None
+        values["lr"] = self.plain_optimizer.param_groups[0]["lr"]
         if self.logs:
             self.logs.write("train", self.step, round(self.step / self.epoch_steps, 4), **values)
         self.progress.status(self.step, epoch, self.config.train.epochs, values)
-        self.unlogged.clear()
-        self._start_window()
+
+    def _divergence(self, found: NonFiniteStep) -> NonFiniteLoss:
+        config, last = self.config, checkpoint.latest(self.checkpoints)
+        hints = [f"lower optim.lr (now {config.optim.lr:g})"]
+        if not config.optim.clip_norm:
+            hints.append("clip gradients (optim.clip_norm 1)")
+        if config.train.precision != "no":
+            hints.append(f"train without {config.train.precision}")
+        if config.schedule.warmup_epochs < 1:
+            hints.append("warm up longer")
+        return NonFiniteLoss(
+            f"the {found.what} became {found.value} at step {self.step - found.back} of {self.steps}; "
+            f"last good checkpoint: {last or 'none yet'}; {', or '.join(hints)}, in a new run"
+        )
 
     # Checkpoints
 
     def _save_checkpoint(self) -> None:
-        self._fetch_unlogged()
+        try:
+            unlogged = self.window.fetch()
+        except NonFiniteStep as found:
+            raise self._divergence(found) from None
         if self.accelerator.is_main_process:
             tensors = {
                 "model": self.plain_model.state_dict(),
@@ -351,7 +311,7 @@ class Trainer:
             if self.average is not None:
                 tensors["average"] = self.average.module.state_dict()
             scaler = self.accelerator.scaler
-            state = {"best": self.best, "unlogged": self.unlogged, "scaler": scaler.state_dict() if scaler else None}
+            state = {"best": self.best, "unlogged": unlogged, "scaler": scaler.state_dict() if scaler else None}
             checkpoint.save(self.checkpoints, self.step, tensors, state)
             checkpoint.prune(self.checkpoints, self.config.output.keep, self.best["step"] if self.best else None)
         self.accelerator.wait_for_everyone()
@@ -370,5 +330,5 @@ class Trainer:
         if state["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.best = state["step"], state["best"]
-        self.unlogged = [(loss, norm) for loss, norm in state["unlogged"]]
+        self.window.restore(state["unlogged"])
         set_learning_rate(self.plain_optimizer, self._learning_rate())

@@ -6,6 +6,7 @@ The learning rate is a pure function of the step, so a resumed run needs no sche
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -18,7 +19,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     `model.no_weight_decay()` do not. Buffers (running statistics, centroids) are in neither."""
     from timm.optim import param_groups_weight_decay
 
-    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    named: Callable[[], Collection[str]] | None = getattr(model, "no_weight_decay", None)
+    spared = named() if named else ()
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=spared)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=0.0, fused=True)
 

@@ -130,7 +130,7 @@ def write_source(run_dir: Path, info: SourceInfo) -> None:
 def read_source(run_dir: Path) -> SourceInfo:
     """The data source that the run remembers."""
     values = json.loads((run_dir / "source.json").read_text())
-    transform = {
+    transform: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values["transform"].items()
     }
     return SourceInfo(values["name"], values["classes"], TransformConfig(**transform))

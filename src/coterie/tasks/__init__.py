@@ -1,4 +1,4 @@
-"""What a model is trained for. The engine trains any object that has the methods of `Task`, and knows no task by name."""
+"""What a model is trained for. The engine trains any object with the methods of `Task`, and knows no task by name."""
 
 from __future__ import annotations
 

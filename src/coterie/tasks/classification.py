@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,8 +18,8 @@ CONFUSIONS_SHOWN = 3
 class Classification:
     """Classify images into `classes`.
 
-    A batch holds `image` (batch, channels, height, width), `label` (batch,) int64 and `index` (batch,) int64; in training
-    `prepare_batch` may add `target` (batch, classes), the soft labels of mixed images.
+    A batch holds `image` (batch, channels, height, width), `label` (batch,) int64 and `index` (batch,) int64; in
+    training `prepare_batch` may add `target` (batch, classes), the soft labels of mixed images.
 
     Args:
         classes: Names of the classes, in the order of the labels.
@@ -58,7 +57,7 @@ class Classification:
             raise ValueError(f"model {config.name}: {error}; see model.options") from error
 
     def prepare_batch(self, batch: Batch) -> Batch:
-        """Mix the images of the batch, where mixup or cutmix is on. An odd last image is left out: images mix in pairs."""
+        """Mix the images of the batch, where mixup or cutmix is on, in pairs: an odd last image is left out."""
         if self._mixup is None:
             return batch
         even = len(batch["label"]) // 2 * 2
@@ -74,12 +73,12 @@ class Classification:
         return {"loss": functional.cross_entropy(logits, target, label_smoothing=smoothing), "output": logits}
 
     def metrics(self) -> Any:
-        """Accuracy, mean accuracy over classes, confusion matrix, and with five classes or more accuracy within the top 5."""
+        """Accuracy, mean accuracy over classes, confusion matrix; from five classes on accuracy within the top 5."""
         from torchmetrics import MetricCollection
         from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
         count = len(self.classes)
-        chosen = {
+        chosen: dict[str, Any] = {
             "accuracy": MulticlassAccuracy(count, average="micro"),
             "macro_accuracy": MulticlassAccuracy(count, average="macro"),
             "confusion": MulticlassConfusionMatrix(count),
@@ -127,8 +126,8 @@ class Classification:
     def draw(self, axes: Any, image: Any, output: Float[Tensor, " classes"], label: int | None = None) -> None:
         """Draw a PIL image into matplotlib axes, titled with the answer, and with the true class where it differs."""
         (name, probability), *_ = self.describe(output[None])[0]
-        right = label is None or self.classes[label] == name
+        truth = name if label is None else self.classes[label]
         axes.imshow(image, cmap="gray" if image.mode == "L" else None)
         axes.set_axis_off()
-        title = f"{name} ({probability:.0%})" + ("" if right else f", is {self.classes[label]}")
-        axes.set_title(title, color="black" if right else "#b3261e", fontsize=9)
+        title = f"{name} ({probability:.0%})" + ("" if truth == name else f", is {truth}")
+        axes.set_title(title, color="black" if truth == name else "#b3261e", fontsize=9)
