@@ -3,6 +3,7 @@
 
 from coterie.ops._dispatch import BackendUnavailable, Explanation, explain, operations
 from coterie.ops.dynamic_group import dynamic_group_attention, dynamic_groups, grouped_attention
+from coterie.ops.gelu_depthwise import gelu_depthwise
 
 __all__ = [
     "BackendUnavailable",
@@ -10,6 +11,7 @@ __all__ = [
     "dynamic_group_attention",
     "dynamic_groups",
     "explain",
+    "gelu_depthwise",
     "grouped_attention",
     "operations",
 ]

@@ -80,9 +80,10 @@ def _build(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _compile(cxx: str, source: Path) -> ctypes.CDLL:
-    code = source.read_bytes()
+    headers = Path(__file__).parent
+    code = source.read_text() + "".join(header.read_text() for header in sorted(headers.glob("*.h")))
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = hashlib.sha256("\0".join([code.decode(), cxx, version, *_FLAGS, platform.machine(), _processor()]).encode())
+    key = hashlib.sha256("\0".join([code, cxx, version, *_FLAGS, platform.machine(), _processor()]).encode())
     folder = cache_folder() / "kernels"
     target = folder / f"{source.parent.name}-{source.stem}-{key.hexdigest()[:20]}.so"
     if not target.exists():
@@ -90,7 +91,7 @@ def _compile(cxx: str, source: Path) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             fresh = Path(scratch) / "kernels.so"
             subprocess.run(
-                [cxx, *_FLAGS, "-o", str(fresh), str(source)], capture_output=True, text=True, check=True, timeout=600
+                [cxx, *_FLAGS, f"-I{headers}", "-o", str(fresh), str(source)], capture_output=True, text=True, check=True, timeout=600
             )
             fresh.replace(target)  # several processes may build at once: the last rename wins, all are equal
     return ctypes.CDLL(str(target))
