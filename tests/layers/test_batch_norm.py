@@ -1,5 +1,6 @@
 """Folding a batch normalisation that stands still."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -47,4 +48,7 @@ def test_only_running_statistics_stand_still():
     assert not stands_still(norm)
     assert stands_still(norm.eval())
     assert not stands_still(norm, nn.BatchNorm2d(3))
-    assert not stands_still(nn.BatchNorm2d(3, track_running_stats=False).eval())
+    without = nn.BatchNorm2d(3, track_running_stats=False).eval()
+    assert not stands_still(without)
+    with pytest.raises(ValueError, match="without running statistics"):
+        as_affine(without)

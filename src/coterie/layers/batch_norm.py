@@ -9,22 +9,25 @@ hooks of a folded normalisation are not called.
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def stands_still(*norms: nn.Module) -> bool:
+def stands_still(*norms: _BatchNorm) -> bool:
     """Whether each of these batch normalisations uses its running statistics, so that it is a fixed affine map."""
     return all(not norm.training and norm.running_mean is not None for norm in norms)
 
 
-def as_affine(norm: nn.Module) -> tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]]:
+def as_affine(norm: _BatchNorm) -> tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]]:
     """The (a, b) with BN(x) = a x + b of a batch normalisation that stands still; at least in float32."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("a batch normalisation without running statistics is no fixed map: check stands_still first")
     dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
     scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps) * norm.weight
     return scale, norm.bias - norm.running_mean * scale
 
 
 def fold_around(
-    before: nn.Module, linear: nn.Linear, after: nn.Module
+    before: _BatchNorm, linear: nn.Linear, after: _BatchNorm
 ) -> tuple[Float[Tensor, "out in"], Float[Tensor, " out"]]:
     """Weight and bias of the one linear layer that equals after(linear(before(x))), in the linear layer's dtype."""
     (scale_in, shift_in), (scale_out, shift_out) = as_affine(before), as_affine(after)

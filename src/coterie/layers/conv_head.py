@@ -43,14 +43,13 @@ class ConvHead(nn.Module):
         self.pool_first = pool_first
         self.global_pool = _pool(pool_type)
         pooled = self.global_pool.feat_mult() if pool_first else 1
+        self.pre_logits: nn.Module = nn.Identity()
         if hidden_size:
             self.pre_logits = nn.Sequential(
                 nn.Conv2d(in_features * pooled, hidden_size, 1, **dd), nn.BatchNorm2d(hidden_size, **dd), nn.SiLU()
             )
-        else:
-            self.pre_logits = nn.Identity()
         self.drop = nn.Dropout(drop_rate)
-        self.fc = nn.Identity()
+        self.fc: nn.Module = nn.Identity()
         self._set_classifier(num_classes, **dd)
 
     def reset(

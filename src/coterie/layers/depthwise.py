@@ -9,7 +9,7 @@ from torch import Tensor
 def residual_depthwise(
     x: Float[Tensor, "batch dim height width"],
     weight: Float[Tensor, "dim 1 size size"],
-    bias: Float[Tensor, " dim"],
+    bias: Float[Tensor, " dim"] | None,
 ) -> Float[Tensor, "batch dim height width"]:
     """x + conv2d(x, weight, bias) with one group per channel, 'same' padding and an odd kernel size.
 

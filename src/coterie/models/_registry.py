@@ -2,14 +2,14 @@
 
 import difflib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import timm
 from timm.models import register_model
 from torch import nn
 
 _NAMES: list[str] = []
-Entrypoint = TypeVar("Entrypoint", bound=Callable[..., nn.Module])
+Entrypoint = Callable[..., nn.Module]
 
 
 def register_vision_model(entrypoint: Entrypoint) -> Entrypoint:

@@ -202,7 +202,7 @@ class DynamicGroupTransformer(nn.Module):
             )
         self.stages = nn.Sequential(*stages)
         self.num_features = dims[-1]
-        self.norm = LayerNorm(self.num_features, **dd)
+        self.norm: nn.Module = LayerNorm(self.num_features, **dd)
         self.head = ConvHead(
             self.num_features,
             num_classes,
@@ -231,8 +231,9 @@ class DynamicGroupTransformer(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for stage in self.modules():
+            if isinstance(stage, DynamicGroupTransformerStage):
+                stage.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer (Identity if there are no classes)."""
@@ -327,7 +328,8 @@ def _init_weights(module: nn.Module, name: str = "") -> None:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out")
     elif isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
