@@ -1,4 +1,5 @@
-"""The `coterie` command. Each subcommand is one module of this package: `HELP`, `configure(parser)` and `run(args) -> int`."""
+"""The `coterie` command. Each subcommand is one module of this package: `HELP`, `configure(parser)` and `run(args) ->
+int`."""
 
 import argparse
 import importlib

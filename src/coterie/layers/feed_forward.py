@@ -5,14 +5,16 @@ Guo et al., "CMT: Convolutional Neural Networks Meet Vision Transformers", arXiv
     x -> Linear -> GELU -> BN -> (identity + 3x3 depthwise convolution) -> GELU -> BN -> Linear -> BN
 """
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from coterie.layers.batch_norm import fold_around, stands_still
+from coterie.layers.batch_norm import as_affine, fold_around, stands_still
 from coterie.layers.depthwise import residual_depthwise
 from coterie.layers.layout import to_grid, to_map
+from coterie.ops import gelu_depthwise
 
 
 @register_notrace_module  # looks at dtypes, which torch.fx cannot follow
@@ -38,8 +40,14 @@ class InvertedResidualFeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch height width dim"]) -> Float[Tensor, "batch height width dim"]:
         """Apply the feed-forward network (without the block's own residual)."""
-        x = self.norm1(to_map(F.gelu(self.expand(x))))
-        x = F.gelu(residual_depthwise(x, self.depthwise.weight, self.depthwise.bias))
+        x = self.expand(x)
+        if x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled() and stands_still(self.norm1):
+            conv = self.depthwise
+            assert conv.bias is not None
+            x = to_map(gelu_depthwise(x, *as_affine(self.norm1), conv.weight, conv.bias))
+        else:
+            x = self.norm1(to_map(F.gelu(x)))
+            x = F.gelu(residual_depthwise(x, self.depthwise.weight, self.depthwise.bias))
         if stands_still(self.norm2, self.norm3):
             return F.linear(to_grid(x), *fold_around(self.norm2, self.project, self.norm3))
         x = self.project(to_grid(self.norm2(x)))

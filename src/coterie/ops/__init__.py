@@ -1,5 +1,6 @@
 """The arithmetic: pure functions on (batch, heads, tokens, head_dim) tensors, in the conventions of
-`torch.nn.functional.scaled_dot_product_attention`. Each takes `backend="auto"`; `explain` tells what would run and why."""
+`torch.nn.functional.scaled_dot_product_attention`. Each takes `backend="auto"`; `explain` tells what would run and
+why."""
 
 from coterie.ops._dispatch import BackendUnavailable, Explanation, explain, operations
 from coterie.ops.dynamic_group import dynamic_group_attention, dynamic_groups, grouped_attention

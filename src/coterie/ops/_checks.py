@@ -71,7 +71,8 @@ def check_scale(op: str, scale: Any) -> None:
 def check_finite_once(op: str, name: str, value: Tensor) -> None:
     """`value` holds no NaN or infinity.
 
-    Looked at once per content of a tensor, and not where looking would cost: while tracing, and in training on a GPU, which would wait.
+    Looked at once per content of a tensor, and not where looking would cost: while tracing, and in training on a GPU,
+    which would wait.
     """
     if torch.compiler.is_compiling() or (value.is_cuda and torch.is_grad_enabled()):
         return

@@ -1,6 +1,7 @@
 """Compiling a C++ kernel file on first use: one call of the system's compiler, kept in a cache, loaded with ctypes.
 
-The kernels include no torch header, so that this takes seconds and a compiled file serves every torch version. Where no compiler is,
+The kernels include no torch header, so that this takes seconds and a compiled file serves every torch version. Where
+no compiler is,
 or it fails, `load` gives None after one warning and the operations go on in torch operators.
 """
 
@@ -16,7 +17,7 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
 
 def compiler() -> str | None:
@@ -37,7 +38,8 @@ def cache_folder() -> Path:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on, so that a cache shared by several machines serves none of them a foreign kernel."""
+    """What `-march=native` depends on, so that a cache shared by several machines serves none of them a foreign
+    kernel."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -49,7 +51,8 @@ def _processor() -> str:
 
 @cache
 def refusal(source: Path) -> str | None:
-    """None if the kernels of `source` can be used in this process, else one sentence why not. Compiles on the first call."""
+    """None if the kernels of `source` can be used in this process, else one sentence why not. Compiles on the first
+    call."""
     return _build(source)[1]
 
 
@@ -91,7 +94,11 @@ def _compile(cxx: str, source: Path) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             fresh = Path(scratch) / "kernels.so"
             subprocess.run(
-                [cxx, *_FLAGS, f"-I{headers}", "-o", str(fresh), str(source)], capture_output=True, text=True, check=True, timeout=600
+                [cxx, *_FLAGS, f"-I{headers}", "-o", str(fresh), str(source)],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=600,
             )
             fresh.replace(target)  # several processes may build at once: the last rename wins, all are equal
     return ctypes.CDLL(str(target))

@@ -1,6 +1,7 @@
 """Choosing an implementation of an operation, and telling why.
 
-Every operation lists its backends in the order in which `backend="auto"` tries them. A backend states in one sentence why it
+Every operation lists its backends in the order in which `backend="auto"` tries them. A backend states in one sentence
+why it
 cannot serve a call, or `None` if it can. A backend asked for by name never falls back to another one.
 """
 

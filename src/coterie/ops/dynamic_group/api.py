@@ -1,10 +1,15 @@
-"""Dynamic group attention: each query joins the group of its nearest centroid, and each group attends to its own top-k keys.
+"""Dynamic group attention: each query joins the group of its nearest centroid, and each group attends to its own
+top-k keys.
 
-Dynamic Group Transformer, arXiv 2203.03937 (IJCAI 2022). `dynamic_group_attention` is `dynamic_groups` (who belongs where, and which
-keys a group has chosen: no gradient) followed by `grouped_attention` (exact softmax attention inside the groups). Cost is
-2 * queries * top_k * head_dim multiply-adds a head for attention and (queries + keys) * groups * head_dim for grouping: linear in tokens.
+Dynamic Group Transformer, arXiv 2203.03937 (IJCAI 2022). `dynamic_group_attention` is `dynamic_groups` (who belongs
+where, and which
+keys a group has chosen: no gradient) followed by `grouped_attention` (exact softmax attention inside the groups).
+    Cost is
+2 * queries * top_k * head_dim multiply-adds a head for attention and (queries + keys) * groups * head_dim for
+grouping: linear in tokens.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +37,8 @@ def dynamic_groups(
 ) -> tuple[Int[Tensor, "batch heads queries"], Int[Tensor, "batch heads groups selected"]]:
     """Group every query by its nearest centroid and choose the most relevant keys of every group. Not differentiable.
 
-    Computed in float32 whatever the dtype and whatever autocast says, with ties going to the lower index, because a group that flips
+    Computed in float32 whatever the dtype and whatever autocast says, with ties going to the lower index, because a
+    group that flips
     changes whole rows of the output.
 
     Args:
@@ -40,9 +46,11 @@ def dynamic_groups(
         key: (batch, heads, keys, head_dim).
         centroids: (heads, groups, head_dim); their length matters only to the metrics "l2" and "dot".
         top_k: keys chosen by each group; at most all keys are.
-        key_mask: (batch, keys), True where a key may be chosen. A group is filled up with masked keys only when too few others exist;
+        key_mask: (batch, keys), True where a key may be chosen. A group is filled up with masked keys only when too
+            few others exist;
             give the same mask to `grouped_attention`, which leaves them out.
-        metric: which centroid is nearest to q: "cosine" largest <q, e/|e|>, "l2" smallest |q - e|, "dot" largest <q, e>.
+        metric: which centroid is nearest to q: "cosine" largest <q, e/|e|>, "l2" smallest |q - e|, "dot" largest <q,
+            e>.
         normalize_keys: choose by <e/|e|, k/|k|> instead of <e/|e|, k>.
 
     Returns:
@@ -59,7 +67,8 @@ def dynamic_groups(
     if metric not in METRICS:
         raise ValueError(f"{op}: metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}")
 
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+    autocast = torch.amp.is_autocast_available(query.device.type) and torch.is_autocast_enabled(query.device.type)
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False) if autocast else nullcontext():
         centroids = centroids.detach().float()
         direction = reference.normalised(centroids).contiguous()
         closeness = direction if metric == "cosine" else centroids.contiguous()
@@ -88,7 +97,8 @@ def grouped_attention(
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """Softmax attention of every query over the keys that its group has chosen.
 
-    The groups may come from anywhere (clusters, routing, windows): query i attends to the keys `selected[b, h, assignment[b, h, i]]`,
+    The groups may come from anywhere (clusters, routing, windows): query i attends to the keys `selected[b, h,
+    assignment[b, h, i]]`,
     which must be different ones. A query whose keys are all masked gets zeros.
 
     Args:
@@ -98,7 +108,8 @@ def grouped_attention(
         selected: (batch, heads, groups, selected) int64 in [0, keys).
         key_mask: (batch, keys), True where a key may be attended to.
         scale: factor of the scores; head_dim ** -0.5 if None.
-        backend: "auto", "cpu", "triton", "native" or "reference"; `coterie.explain(grouped_attention, ...)` tells about them.
+        backend: "auto", "cpu", "triton", "native" or "reference"; `coterie.explain(grouped_attention, ...)` tells
+            about them.
 
     Returns:
         (batch, heads, queries, value_dim), differentiable in query, key and value.
@@ -148,9 +159,12 @@ def dynamic_group_attention(
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """Attention in which queries form groups around centroids, and each group attends to its own top-k keys.
 
-    y_i = softmax over id_g(i) of (scale <q_i, k_j>) v_j, with g(i) the nearest centroid of q_i and id_g the `top_k` keys of largest
-    <e_g/|e_g|, k_j> (DGT, arXiv 2203.03937, dynamic group attention). Linear in the tokens. With `top_k` at least the number of keys
-    it is `scaled_dot_product_attention`. The gradient reaches query, key and value through the softmax only; centroids get none.
+    y_i = softmax over id_g(i) of (scale <q_i, k_j>) v_j, with g(i) the nearest centroid of q_i and id_g the `top_k`
+    keys of largest
+    <e_g/|e_g|, k_j> (DGT, arXiv 2203.03937, dynamic group attention). Linear in the tokens. With `top_k` at least the
+    number of keys
+    it is `scaled_dot_product_attention`. The gradient reaches query, key and value through the softmax only;
+    centroids get none.
 
     Args:
         query, key: (batch, heads, queries | keys, head_dim); cross-attention has its own number of keys.
@@ -216,7 +230,8 @@ def _check_centroids(op: str, query: Tensor, centroids: Any) -> None:
 
 
 def _check_ranges(op: str, assignment: Tensor, selected: Tensor, keys: int) -> None:
-    """The torch operators would crash, or read a wrong row, much later. Only where looking is free of waiting and of graph breaks."""
+    """The torch operators would crash, or read a wrong row, much later. Only where looking is free of waiting and of
+    graph breaks."""
     if torch.compiler.is_compiling() or assignment.device.type != "cpu" or torch.is_inference_mode_enabled():
         return
     for name, index, limit in (("assignment", assignment, selected.shape[2]), ("selected", selected, keys)):

@@ -75,17 +75,27 @@ def dynamic_groups(
     key_mask: Tensor | None,
     normalize_keys: bool,
 ) -> tuple[Tensor, Tensor]:
-    """argmax over groups of <q, closeness> + bias, and the top-k keys by <k, direction>; weights are float32, contiguous."""
+    """argmax over groups of <q, closeness> + bias, and the top-k keys by <k, direction>; weights are float32,
+    contiguous."""
     query, key, mask = _rows(query), _rows(key), _bytes(key_mask)
     groups = direction.shape[1]
     assignment = torch.empty(query.shape[:3], dtype=torch.int64)
     selected = torch.empty((*query.shape[:2], groups, top_k), dtype=torch.int64)
     name = str(query.dtype).removeprefix("torch.")
     _run(
-        f"coterie_groups_{name}", _address(query), _address(key), _address(closeness), _address(bias), _address(direction),
-        _address(mask), _address(assignment), _address(selected), _sizes(query, key, 0, groups, top_k), _strides(query, key),
+        f"coterie_groups_{name}",
+        _address(query),
+        _address(key),
+        _address(closeness),
+        _address(bias),
+        _address(direction),
+        _address(mask),
+        _address(assignment),
+        _address(selected),
+        _sizes(query, key, 0, groups, top_k),
+        _strides(query, key),
         ctypes.c_int(normalize_keys),
-    )  # fmt: skip
+    )
     return assignment, selected
 
 
@@ -106,10 +116,19 @@ def forward(
     logsumexp = query.new_empty(query.shape[:3], dtype=wide)
     name = str(query.dtype).removeprefix("torch.")
     _run(
-        f"coterie_forward_{name}", _address(query), _address(key), _address(value), _address(assignment), _address(selected),
-        _address(mask), _address(output), _address(logsumexp),
-        _sizes(query, key, value.shape[3], *selected.shape[2:]), _strides(query, key, value), ctypes.c_double(scale),
-    )  # fmt: skip
+        f"coterie_forward_{name}",
+        _address(query),
+        _address(key),
+        _address(value),
+        _address(assignment),
+        _address(selected),
+        _address(mask),
+        _address(output),
+        _address(logsumexp),
+        _sizes(query, key, value.shape[3], *selected.shape[2:]),
+        _strides(query, key, value),
+        ctypes.c_double(scale),
+    )
     return output, logsumexp
 
 
@@ -134,9 +153,21 @@ def backward(
     grad_value = query.new_zeros(value.shape, dtype=logsumexp.dtype)
     name = str(query.dtype).removeprefix("torch.")
     _run(
-        f"coterie_backward_{name}", _address(grad), _address(query), _address(key), _address(value), _address(assignment),
-        _address(selected), _address(mask), _address(output), _address(logsumexp), _address(grad_query), _address(grad_key),
-        _address(grad_value), _sizes(query, key, value.shape[3], *selected.shape[2:]), _strides(query, key, value, grad),
+        f"coterie_backward_{name}",
+        _address(grad),
+        _address(query),
+        _address(key),
+        _address(value),
+        _address(assignment),
+        _address(selected),
+        _address(mask),
+        _address(output),
+        _address(logsumexp),
+        _address(grad_query),
+        _address(grad_key),
+        _address(grad_value),
+        _sizes(query, key, value.shape[3], *selected.shape[2:]),
+        _strides(query, key, value, grad),
         ctypes.c_double(scale),
-    )  # fmt: skip
+    )
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)

@@ -1,7 +1,10 @@
-"""Dynamic group attention in torch operators only: runs on every device, compiles without a break, exports, differentiates itself.
+"""Dynamic group attention in torch operators only: runs on every device, compiles without a break, exports,
+differentiates itself.
 
-Group sizes vary widely, so queries are not padded to the largest group. They are sorted by group and cut into tiles of a fixed number of
-queries, each tile within one group; there are at most ceil(queries / tile) + groups tiles, whatever the sizes. Then attention is two
+Group sizes vary widely, so queries are not padded to the largest group. They are sorted by group and cut into tiles
+of a fixed number of
+queries, each tile within one group; there are at most ceil(queries / tile) + groups tiles, whatever the sizes. Then
+attention is two
 batched matrix products of (tile x head_dim) with the group's keys. Memory is linear in the tokens.
 """
 
@@ -20,9 +23,10 @@ def dynamic_groups(
     key_mask: Bool[Tensor, "batch keys"] | None,
     normalize_keys: bool,
 ) -> tuple[Int[Tensor, "batch heads queries"], Int[Tensor, "batch heads groups selected"]]:
-    """argmax over groups of <q, closeness> + bias, and the top-k keys by <k, direction>, in float32; ties to the lower index."""
+    """argmax over groups of <q, closeness> + bias, and the top-k keys by <k, direction>, in float32; ties to the
+    lower index."""
     query, key = query.detach().float(), key.detach().float()
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.no_grad():
         assignment = (query @ closeness.transpose(-1, -2) + bias.unsqueeze(1)).argmax(-1)
         if normalize_keys:
             key = key / key.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -35,7 +39,8 @@ def dynamic_groups(
 
 
 def _ordered_keys(scores: Tensor) -> Tensor:
-    """int64 numbers in the order of `scores`, with ties broken towards the lower index, so that any top-k gives the same answer."""
+    """int64 numbers in the order of `scores`, with ties broken towards the lower index, so that any top-k gives the
+    same answer."""
     bits = (scores + 0.0).view(torch.int32)  # + 0.0: -0 and 0 are a tie
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     position = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
@@ -56,7 +61,7 @@ def grouped_attention(
     size = _tile_size(queries, groups)
     tiles = -(-queries // size) + groups
 
-    order = assignment.sort(dim=-1, stable=True).indices
+    order = assignment.sort(dim=-1).indices
     members = torch.zeros(batch, heads, groups, dtype=torch.int64, device=query.device)
     members = members.scatter_add(-1, assignment, torch.ones_like(assignment))
     tiles_of_group = (members + size - 1) // size

@@ -1,6 +1,8 @@
-"""The definition of dynamic group attention, in plain torch: short, differentiable, exact in float64, quadratic in memory.
+"""The definition of dynamic group attention, in plain torch: short, differentiable, exact in float64, quadratic in
+memory.
 
-Dynamic Group Transformer, arXiv 2203.03937; for every image and head, with queries q_i, keys k_i, values v_i and centroids e_j:
+Dynamic Group Transformer, arXiv 2203.03937; for every image and head, with queries q_i, keys k_i, values v_i and
+centroids e_j:
 
     group       g(i)  = argmax_j <q_i, e_j / |e_j|>                      (metric "cosine")
     selection   id_j  = the k largest <e_j / |e_j|, k_i> over all keys i

@@ -13,16 +13,16 @@ from torch import Tensor
 
 _library = torch.library.Library("coterie", "FRAGMENT")
 _library.define(
-    "dynamic_groups(Tensor query, Tensor key, Tensor closeness, Tensor bias, Tensor direction, int top_k, Tensor? key_mask, "
-    "bool normalize_keys, str backend) -> (Tensor, Tensor)"
+    "dynamic_groups(Tensor query, Tensor key, Tensor closeness, Tensor bias, Tensor direction, int top_k, "
+    "Tensor? key_mask, bool normalize_keys, str backend) -> (Tensor, Tensor)"
 )
 _library.define(
-    "grouped_attention(Tensor query, Tensor key, Tensor value, Tensor assignment, Tensor selected, Tensor? key_mask, float scale, "
-    "str backend) -> (Tensor, Tensor)"
+    "grouped_attention(Tensor query, Tensor key, Tensor value, Tensor assignment, Tensor selected, Tensor? key_mask, "
+    "float scale, str backend) -> (Tensor, Tensor)"
 )
 _library.define(
-    "grouped_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor assignment, Tensor selected, "
-    "Tensor? key_mask, Tensor output, Tensor logsumexp, float scale, str backend) -> (Tensor, Tensor, Tensor)"
+    "grouped_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor assignment, "
+    "Tensor selected, Tensor? key_mask, Tensor output, Tensor logsumexp, float scale, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -116,7 +116,8 @@ def _backward_flops(
 
 
 def count_flops() -> None:
-    """Teach torch's FLOP counter our formulas, once it has been imported (importing it here would load triton with it)."""
+    """Teach torch's FLOP counter our formulas, once it has been imported (importing it here would load triton with
+    it)."""
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None or torch.ops.coterie.dynamic_groups in counter.flop_registry:
         return

@@ -1,4 +1,5 @@
-"""GELU, a scale and shift per channel, identity plus depthwise convolution, GELU: the middle of an inverted residual feed-forward."""
+"""GELU, a scale and shift per channel, identity plus depthwise convolution, GELU: the middle of an inverted residual
+feed-forward."""
 
 from coterie.ops.gelu_depthwise.api import gelu_depthwise
 

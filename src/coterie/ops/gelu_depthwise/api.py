@@ -1,6 +1,8 @@
-"""GELU, scale and shift, identity plus depthwise convolution, GELU, in one pass: what an IRFFN does between its linear layers.
+"""GELU, scale and shift, identity plus depthwise convolution, GELU, in one pass: what an IRFFN does between its
+linear layers.
 
-Five passes over the widest tensor of the network become one. Inference only: where a gradient is needed, and wherever the C++ kernel
+Five passes over the widest tensor of the network become one. Inference only: where a gradient is needed, and wherever
+the C++ kernel
 cannot serve (other devices and dtypes, export), it is the plain torch operators of `reference.py`.
 """
 
@@ -32,7 +34,8 @@ def gelu_depthwise(
 ) -> Float[Tensor, "batch height width dim"]:
     """u = GELU(x) scale + shift; then GELU(u + conv3x3(u) + bias), one group per channel and zeros around u.
 
-    The middle of CMT's inverted residual feed-forward (arXiv 2107.06263) with its first batch normalisation as `scale` and `shift`.
+    The middle of CMT's inverted residual feed-forward (arXiv 2107.06263) with its first batch normalisation as
+    `scale` and `shift`.
 
     Args:
         x: (batch, height, width, dim).
