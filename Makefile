@@ -49,11 +49,11 @@ docs: $(VENV)/.docs
 # Runs with the interpreter's own packages (torch, triton, timm), not with a virtual environment: a GPU machine has its builds.
 gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest -p no:cacheprovider -q tests/gpu
-	mkdir -p bench-results
+	mkdir -p bench_results
 	PYTHONPATH=src $(PYTHON) -m coterie bench op dynamic_group --device cuda --dtype bfloat16 --heads 8 --head-dim 64 \
-	    --tokens 3136 12544 50176 --backward --output bench-results/op-gpu
+	    --tokens 3136 12544 50176 --backward --output bench_results/op-gpu
 	PYTHONPATH=src $(PYTHON) -m coterie bench model dgt_tiny swin_tiny_patch4_window7_224 --device cuda --dtype bfloat16 \
-	    --size 224 1024 --batch 8 --output bench-results/model-gpu
+	    --size 224 1024 --batch 8 --output bench_results/model-gpu
 
 clean:
-	rm -rf $(VENV) site build dist bench-results .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) site build dist bench_results .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -22,7 +22,8 @@ _library.define(
 )
 _library.define(
     "grouped_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor assignment, "
-    "Tensor selected, Tensor? key_mask, Tensor output, Tensor logsumexp, float scale, str backend) -> (Tensor, Tensor, Tensor)"
+    "Tensor selected, Tensor? key_mask, Tensor output, Tensor logsumexp, float scale, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
