@@ -35,7 +35,7 @@ demo: $(VENV)/.train
 	@echo "Look at runs/digits/report.html and runs/digits/inspect/index.html"
 
 test: $(VENV)/.test lint
-	$(RUN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest tests -n auto
 
 lint: $(VENV)/.test
 	$(RUN)/ruff check src tests

@@ -30,7 +30,7 @@ def commands() -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (2: the input was wrong)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [*(sys.argv[1:] if argv is None else argv)]  # not list(): the subcommand of that name may hide it
     modules = {name: importlib.import_module(f"coterie.cli.{name}") for name in _wanted(arguments)}
     if arguments and arguments[0] in modules and getattr(modules[arguments[0]], "JSONARGPARSE", False):
         from jsonargparse import ArgumentParser
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = arguments[0]
         typed = ArgumentParser(
             prog=f"coterie {name}",
+            allow_abbrev=False,
             description=modules[name].__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -262,6 +262,13 @@ class Trainer:
         if done is None or self.monitored != "test":
             done = self._evaluate("test", collect=True)
         if self.logs:
+            bad = {
+                name: reason
+                for loader in (self.loader, *self.test_loaders.values())
+                for name, reason in loader.bad.items()
+            }
+            if bad:
+                self.logs.write("data", self.step, self.config.train.epochs, bad_samples=bad)
             if self.monitored != "test" and not any(event["event"] == "test" for event in read_events(self.run_dir)):
                 self.logs.write("test", self.step, self.config.train.epochs, split="test", **done.figures)
             weights = checkpoint.storable(self.answering_model.state_dict())

@@ -255,8 +255,6 @@ def bad_samples(run: Run) -> dict[str, str]:
     """Samples that could not be read, with the reason, from the run's log."""
     bad: dict[str, str] = {}
     for event in run.events:
-        if event.get("event") in ("bad_sample", "bad"):
-            bad[str(event.get("name", "?"))] = str(event.get("reason", ""))
         if isinstance(event.get("bad_samples"), dict):
             bad |= {str(name): str(reason) for name, reason in event["bad_samples"].items()}
     return bad
