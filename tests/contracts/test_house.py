@@ -38,3 +38,16 @@ def test_the_reference_runs_where_triton_cannot_be_imported():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "(1, 2, 20, 8)"
+
+
+@pytest.mark.parametrize("first", ["import coterie.ops", "import torch.utils.flop_counter"])
+def test_flops_are_counted_at_the_first_call_whatever_is_imported_first(first):
+    code = (
+        f"import torch\n{first}\nimport coterie.ops\nfrom torch.utils.flop_counter import FlopCounterMode\n"
+        "q = torch.randn(1, 2, 20, 8)\n"
+        "with FlopCounterMode(display=False) as counter:\n"
+        "    coterie.ops.dynamic_group_attention(q, q, q, torch.randn(2, 3, 8), 4, backend='cpu')\n"
+        "print(counter.get_total_flops())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(out.stdout) == 2 * 2 * 40 * 3 * 8 + 2 * 2 * 20 * 4 * 16

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from coterie.ops import _checks as check
 from coterie.ops._dispatch import Backend, BackendUnavailable, Call, Operation, register
 from coterie.ops.dynamic_group import cpu, native, reference
-from coterie.ops.dynamic_group.register import GroupedAttention, count_flops
+from coterie.ops.dynamic_group.register import GroupedAttention
 
 METRICS = ("cosine", "l2", "dot")
 
@@ -79,8 +79,6 @@ def dynamic_groups(
         if call.exporting or call.device not in ("cpu", "cuda"):
             return native.dynamic_groups(*arguments)
         backend = "native" if cpu.refusal(call) else "cpu"
-        if not torch.compiler.is_compiling():
-            count_flops()
         return torch.ops.coterie.dynamic_groups(*arguments, backend)
 
 
@@ -139,8 +137,6 @@ def grouped_attention(
     if chosen == "native":
         _check_ranges(op, assignment, selected, key.shape[2])
         return native.grouped_attention(*arguments)
-    if not torch.compiler.is_compiling():
-        count_flops()
     return GroupedAttention.apply(*arguments, chosen)
 
 

@@ -4,12 +4,13 @@ Schemas, shapes for tracing, autograd and FLOP formulas. No kernel is built or i
 """
 
 import importlib
-import sys
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from coterie.ops._flops import register_flops
 
 _library = torch.library.Library("coterie", "FRAGMENT")
 _library.define(
@@ -60,7 +61,6 @@ def _(query, key, closeness, bias, direction, top_k, key_mask, normalize_keys, b
 
 @torch.library.register_fake("coterie::grouped_attention", lib=_library)
 def _(query, key, value, assignment, selected, key_mask, scale, backend):
-    count_flops()
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty((*query.shape[:3], value.shape[3])), query.new_empty(query.shape[:3], dtype=wide)
 
@@ -116,12 +116,6 @@ def _backward_flops(
     return 2 * batch * heads * queries * selected_shape[3] * (3 * head_dim + 2 * value_shape[3])
 
 
-def count_flops() -> None:
-    """Teach torch's FLOP counter our formulas, once it has been imported (importing it here would load triton with
-    it)."""
-    counter = sys.modules.get("torch.utils.flop_counter")
-    if counter is None or torch.ops.coterie.dynamic_groups in counter.flop_registry:
-        return
-    counter.register_flop_formula(torch.ops.coterie.dynamic_groups)(_groups_flops)
-    counter.register_flop_formula(torch.ops.coterie.grouped_attention)(_attention_flops)
-    counter.register_flop_formula(torch.ops.coterie.grouped_attention_backward)(_backward_flops)
+register_flops(torch.ops.coterie.dynamic_groups, _groups_flops)
+register_flops(torch.ops.coterie.grouped_attention, _attention_flops)
+register_flops(torch.ops.coterie.grouped_attention_backward, _backward_flops)

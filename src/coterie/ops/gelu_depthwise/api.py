@@ -7,7 +7,6 @@ cannot serve (other devices and dtypes, export), it is the plain torch operators
 """
 
 import ctypes
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from coterie.ops import _checks as check
 from coterie.ops import _cpp
 from coterie.ops._dispatch import Backend, Call, Operation, register
+from coterie.ops._flops import register_flops
 from coterie.ops.gelu_depthwise import reference
 
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
@@ -59,8 +59,6 @@ def gelu_depthwise(
         check.check_same(op, "dtype", f"x and {name}", x.dtype, value.dtype)
     if _OPERATION.choose(backend, _describe(x, scale, shift, weight, bias)) == "reference":
         return reference.gelu_depthwise(x, scale, shift, weight, bias)
-    if not torch.compiler.is_compiling():
-        _count_flops()
     return torch.ops.coterie.gelu_depthwise(x, scale, shift, weight, bias)
 
 
@@ -127,7 +125,6 @@ _library.impl("gelu_depthwise", _run, "CPU")
 
 @torch.library.register_fake("coterie::gelu_depthwise", lib=_library)
 def _(x, scale, shift, weight, bias):
-    _count_flops()
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -136,7 +133,4 @@ def _flops(x_shape, *_: Any, **__: Any) -> int:
     return 2 * 9 * batch * height * width * dim
 
 
-def _count_flops() -> None:
-    counter = sys.modules.get("torch.utils.flop_counter")
-    if counter is not None and torch.ops.coterie.gelu_depthwise not in counter.flop_registry:
-        counter.register_flop_formula(torch.ops.coterie.gelu_depthwise)(_flops)
+register_flops(torch.ops.coterie.gelu_depthwise, _flops)
