@@ -3,12 +3,15 @@
 why."""
 
 from coterie.ops._dispatch import BackendUnavailable, Explanation, explain, operations
+from coterie.ops.composable import HeadComposition, composable_attention
 from coterie.ops.dynamic_group import dynamic_group_attention, dynamic_groups, grouped_attention
 from coterie.ops.gelu_depthwise import gelu_depthwise
 
 __all__ = [
     "BackendUnavailable",
     "Explanation",
+    "HeadComposition",
+    "composable_attention",
     "dynamic_group_attention",
     "dynamic_groups",
     "explain",
