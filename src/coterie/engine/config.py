@@ -12,7 +12,7 @@ import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 
@@ -21,6 +21,8 @@ from coterie.data.transforms import TransformConfig
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+Value = TypeVar("Value")
+
 
 @dataclass
 class TaskConfig:
@@ -28,7 +30,7 @@ class TaskConfig:
 
     Attributes:
         name: A name that `coterie list tasks` prints.
-        options: Keyword arguments of the task.
+        options: Keyword arguments of the task, for example `--task.options.decoder fpn` of semantic segmentation.
     """
 
     name: str = "classification"
@@ -40,8 +42,8 @@ class ModelConfig:
     """The network.
 
     Attributes:
-        name: A name that `coterie list models` prints, or that of any timm model. If not given, by the size of the
-            pictures: dgt_nano up to 64 pixels, dgt_tiny above.
+        name: A name that `coterie list models` prints, or that of any timm model. If not given, the task's choice, or
+            by the size of the pictures: dgt_nano up to 64 pixels, dgt_tiny above.
         options: Keyword arguments of the model, for example `--model.options.attention global`.
         drop_path: Probability of dropping a residual branch (stochastic depth); grows linearly up to this.
         centroid_init: Where the centroids of dynamic groups start: random unit vectors, or k-means of the first batch.
@@ -58,7 +60,8 @@ class DataConfig:
     """The pictures.
 
     Attributes:
-        source: `digits`, `folder:PATH`, `parquet:PATH`, `hf:NAME`, `webdataset:PATTERN`, or the path of a folder.
+        source: `digits`, `folder:PATH`, `parquet:PATH`, `hf:NAME`, `webdataset:PATTERN`, or the path of a folder; for
+            dense tasks `digit-scenes`, `coco:PATH`, `voc:PATH`, `maps:PATH`, `parquet:PATH`, or the path of a folder.
         workers: Processes that load pictures; 0 loads in the training process.
         max_bad_share: Share of unreadable pictures past which the run stops.
     """
@@ -88,14 +91,14 @@ class OptimConfig:
     """AdamW, and what surrounds it.
 
     Attributes:
-        lr: Peak learning rate.
+        lr: Peak learning rate; if not given, that of the task (classification: 1e-3).
         weight_decay: Decoupled weight decay; norms, biases and other one-dimensional parameters are spared.
         betas: Decay rates of the two moment estimates.
         clip_norm: Largest norm of the whole gradient; 0 does not clip.
         ema_decay: Decay of the moving average of the weights, which is then evaluated and kept; 0 for none.
     """
 
-    lr: float = 1e-3
+    lr: float | None = None
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float = 1.0
@@ -120,16 +123,17 @@ class TrainConfig:
     """The loop.
 
     Attributes:
-        epochs: Passes over the training pictures.
-        batch_size: Pictures per optimizer step, over all processes together.
+        epochs: Passes over the training pictures; if not given, those of the task (classification: 10).
+        batch_size: Pictures per optimizer step, over all processes together; if not given, that of the task
+            (classification: 64).
         accumulate: Parts in which each process computes its share of a batch, to save memory; the step stays the same.
         precision: Automatic mixed precision: no, bf16 or fp16 (fp16 needs a GPU).
         seed: Seed of the initial weights, of the order of the pictures and of every random choice.
         device: auto takes a GPU if there is one.
     """
 
-    epochs: int = 10
-    batch_size: int = 64
+    epochs: int | None = None
+    batch_size: int | None = None
     accumulate: int = 1
     precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 0
@@ -141,7 +145,7 @@ class OutputConfig:
     """What is written, and how often.
 
     Attributes:
-        dir: Folder of the run; `runs/DATA` if not given.
+        dir: Folder of the run; if not given `runs/DATA`, and `runs/DATA-TASK` for tasks other than classification.
         overwrite: Delete the run that the folder holds.
         log_every: Steps between two lines of the log.
         eval_every: Epochs between two evaluations; the last epoch is always evaluated.
@@ -189,7 +193,7 @@ class RunConfig:
         if self.output.dir is not None:
             return Path(self.output.dir)
         data = re.sub(r"[^\w.-]+", "-", self.data.source.rstrip("/").split("/")[-1]).strip("-.")
-        return Path("runs", data)
+        return Path("runs", data if self.task.name == TaskConfig().name else f"{data}-{self.task.name}")
 
 
 # What may change when a run goes on: none of it touches the weights.
@@ -262,7 +266,7 @@ def check(config: RunConfig) -> None:
     )
     flat = flatten(config)
     for name, least in at_least.items():
-        if not flat[name] >= least:
+        if flat[name] is not None and not flat[name] >= least:
             raise ValueError(f"{name} is {flat[name]}; it takes a number of at least {least}")
     for name in shares:
         if not 0 <= flat[name] <= 1:
@@ -276,6 +280,29 @@ def flatten(config: RunConfig) -> dict[str, Any]:
         for section, values in dataclasses.asdict(config).items()
         for name, value in values.items()
     }
+
+
+def with_task_defaults(config: RunConfig) -> RunConfig:
+    """`config` with the fields that it leaves open as its task takes them (`defaults` of the task's class).
+
+    Raises:
+        ValueError: an unknown task.
+    """
+    from coterie.engine._interim import task_class
+
+    values = dataclasses.asdict(config)
+    for dotted, value in task_class(config.task.name).defaults.items():
+        section, name = dotted.split(".")
+        if values[section][name] is None:
+            values[section][name] = value
+    return config_from_dict(values)
+
+
+def settled(value: Value | None, name: str) -> Value:
+    """A field that cannot be open any more once the task's defaults are in. Raises ValueError where it still is."""
+    if value is None:
+        raise ValueError(f"{name} is not given and the task has no default for it; set it")
+    return value
 
 
 def merge_for_resume(saved: RunConfig, given: RunConfig) -> RunConfig:

@@ -43,7 +43,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
     if config.precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("train.precision is fp16, which needs a GPU; on a CPU take no or bf16")
-    if config.batch_size % accelerator.num_processes:
+    if config.batch_size is not None and config.batch_size % accelerator.num_processes:
         raise ValueError(f"train.batch_size is {config.batch_size}, which {accelerator.num_processes} processes "
                          "cannot share evenly; take a multiple")  # fmt: skip
     return accelerator

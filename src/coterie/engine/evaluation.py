@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import nn
 
-from coterie.engine.distributed import make_accelerator
-from coterie.engine.inputs import BadSample, build_loader, match_source, open_source, reader
+from coterie.engine import _interim
+from coterie.engine.batches import select, to_device
+from coterie.engine.distributed import any_rank, make_accelerator
+from coterie.engine.inputs import WHOLE, BadSample, Reader, build_loader, match_source, open_source
 from coterie.engine.runs import load_run
 from coterie.tasks import Batch, Task
 
@@ -25,22 +28,33 @@ class Evaluation:
     """What `evaluate` and the loop get of a split.
 
     Attributes:
-        figures: `loss` and the task's figures.
-        samples: What the task collects of each sample, in the order of the split; empty unless it was asked for.
+        figures: `loss`, where the task has one in evaluation, and the task's figures.
+        images: How many images were looked at.
+        samples: What the task collects, in the order of the split; empty unless it was asked for.
         comments: Sentences for people.
     """
 
     figures: dict[str, float]
+    images: int
     samples: dict[str, np.ndarray] = field(default_factory=dict)
     comments: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Prediction:
-    """The answer for one image: `answers` are (name, certainty) pairs, the most certain first; or `error`."""
+    """What a trained run says about one image file.
+
+    Attributes:
+        path: The file.
+        answers: What the task's `answers` gives: for classification (name, certainty) pairs, the most certain first;
+            for dense tasks a dictionary of arrays in the pixels of the file.
+        image: The picture as it was read; not set for classification.
+        error: Why there is no answer.
+    """
 
     path: str
-    answers: list[tuple[str, float]] = field(default_factory=list)
+    answers: Any = ()
+    image: Image.Image | None = None
     error: str | None = None
 
 
@@ -49,30 +63,39 @@ def evaluate_split(
     task: Task, model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, *, collect: bool = False
 ) -> Evaluation:
     """Run `model` over the batches of this rank; the figures are those of all ranks together."""
-    from torchmetrics import MeanMetric
+    from torchmetrics import MeanMetric, SumMetric
 
     was_training = model.training
     model.eval()
     metrics = task.metrics().to(accelerator.device)
-    mean_loss = MeanMetric().to(accelerator.device)
+    mean_loss, count = MeanMetric().to(accelerator.device), SumMetric().to(accelerator.device)
+    has_loss = False
     collected: list[dict[str, np.ndarray]] = []
     for batch in batches:
         real = batch["index"] >= 0  # with several ranks the last batch is filled up with rows of index -1
         if not real.any():
             continue
-        batch = {name: value[real].to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        batch = to_device(select(batch, real), accelerator.device)
         with accelerator.autocast():
             result = task.loss(model, batch)
         task.update(metrics, result["output"], batch)
-        mean_loss.update(result["loss"], weight=len(batch["index"]))
+        count.update(len(batch["index"]))
+        if "loss" in result:  # detectors give theirs in training only
+            has_loss = True
+            mean_loss.update(result["loss"], weight=len(batch["index"]))
         if collect:
             collected.append(
-                {name: value.cpu().numpy() for name, value in task.collect(result["output"], batch).items()}
+                {
+                    name: np.asarray(torch.as_tensor(value).cpu())
+                    for name, value in task.collect(result["output"], batch).items()
+                }
             )
-    figures = {"loss": mean_loss.compute().item(), **task.report(metrics)}
+    figures = {"loss": mean_loss.compute().item()} if any_rank(accelerator, has_loss) else {}
+    figures |= task.report(metrics)
     comments = task.comment(metrics)
     model.train(was_training)
-    return Evaluation(figures, _join(collected, accelerator) if collect else {}, comments)
+    samples = _join(collected, accelerator) if collect else {}
+    return Evaluation(figures, int(count.compute().item()), samples, comments)
 
 
 def _join(parts: list[dict[str, np.ndarray]], accelerator: Accelerator) -> dict[str, np.ndarray]:
@@ -125,7 +148,7 @@ def predict(
     *,
     weights: str = "final",
     device: str = "auto",
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> Iterator[Prediction]:
     """Answer for image files with a trained run, in their order; one that cannot be read gets an `error`.
 
@@ -134,26 +157,30 @@ def predict(
         paths: Image files.
         weights: `final` or `best`.
         device: `auto` or `cpu`.
-        batch_size: Images computed at once.
+        batch_size: Images computed at once; if not given, 64 for classification and one at a time for dense tasks.
     """
     run = load_run(run_dir, weights)
     run.config.train.device = "cpu" if device == "cpu" else "auto"
     accelerator = make_accelerator(run.config.train)
     model = run.model.to(accelerator.device)
-    read = reader(run.source)
+    reader, whole = Reader(run.source), run.source.target == WHOLE
+    batch_size = batch_size or (64 if whole else 1)
     for start in range(0, len(paths), batch_size):
         predictions = [Prediction(str(path)) for path in paths[start : start + batch_size]]
-        images: list[Tensor] = []
+        images: list[Image.Image] = []
         readable = []
         for prediction in predictions:
             try:
-                images.append(read(prediction.path))
+                images.append(reader.image(prediction.path))
                 readable.append(prediction)
             except BadSample as bad:
                 prediction.error = bad.reason
         if images:
+            batch = to_device(reader.batch(images), accelerator.device)
             with accelerator.autocast():
-                output = model(torch.stack(images).to(accelerator.device))
-            for prediction, answers in zip(readable, run.task.describe(output), strict=True):
-                prediction.answers = answers
+                output = _interim.predict(run.task, model, batch)
+            for prediction, image, answers in zip(
+                readable, images, _interim.answers(run.task, output, batch), strict=True
+            ):
+                prediction.answers, prediction.image = answers, None if whole else image
         yield from predictions

@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
-from torch import Tensor
 
-from coterie.data import BadSample, DataSource, ImageDataset, Loader, build_transforms, open_data
+from coterie.data import BadSample, DataSource, ImageDataset, Loader
 from coterie.data.images import read_image
 from coterie.data.transforms import settle
-from coterie.engine.config import RunConfig
+from coterie.engine._interim import batch_of, build_pipeline, open_data, task_class
+from coterie.engine.config import RunConfig, settled
 from coterie.engine.runs import SourceInfo
+from coterie.tasks import Batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MONITORED = "validation"
+WHOLE = "class"  # the target of a source with one label for each picture
 LARGEST_BY_DEFAULT = 224
 SMALL = 64
 
 
 def open_source(config: RunConfig) -> DataSource:
-    """Open the data of a run. Raises as `open_data` does."""
-    return open_data(config.data.source, image_size=config.transform.image_size)
+    """Open the data of a run, with the targets that its task needs. Raises as `open_data` does."""
+    target = task_class(config.task.name).target
+    return open_data(config.data.source, target=target, image_size=config.transform.image_size)
 
 
 def settle_config(config: RunConfig, source: DataSource) -> RunConfig:
-    """Fill in what depends on the pictures: their size (their own, at most 224 x 224) and a model that suits it."""
+    """Fill in what depends on the pictures: their size and a model that suits it.
+
+    Pictures with one label each keep their own size up to 224 x 224; for dense targets the transforms know better.
+    """
     transform, model = config.transform, config.model
-    if transform.image_size is None and max(source.native_size) > LARGEST_BY_DEFAULT:
+    if (
+        getattr(source, "target", "class") == WHOLE
+        and transform.image_size is None
+        and max(source.native_size) > LARGEST_BY_DEFAULT
+    ):
         transform = dataclasses.replace(transform, image_size=LARGEST_BY_DEFAULT)
     if model.name is None:
         size = transform.image_size or source.native_size
@@ -43,7 +54,9 @@ def settle_config(config: RunConfig, source: DataSource) -> RunConfig:
 
 def source_info(source: DataSource, config: RunConfig) -> SourceInfo:
     """What the run remembers of its data, with everything settled that the configuration left open."""
-    return SourceInfo(source.name, list(source.classes), settle(source, config.transform))
+    return SourceInfo(
+        source.name, list(source.classes), settle(source, config.transform), getattr(source, "target", "class")
+    )
 
 
 def monitored_split(source: DataSource) -> str:
@@ -63,8 +76,8 @@ def build_loader(
     """The loader of this rank's share of one split (of all of it, without an accelerator); `train` augments."""
     return Loader(
         source.splits[split],
-        build_transforms(None, info.transform, train),
-        batch_size=config.train.batch_size,
+        build_pipeline(None, info.transform, info.target, train),
+        batch_size=settled(config.train.batch_size, "train.batch_size"),
         seed=config.train.seed,
         rank=accelerator.process_index if accelerator else 0,
         world_size=accelerator.num_processes if accelerator else 1,
@@ -102,7 +115,7 @@ class _Renumbered(ImageDataset):
     """A dataset with other numbers for its classes."""
 
     def __init__(self, dataset: ImageDataset, numbers: np.ndarray) -> None:
-        self.dataset, self.channels = dataset, dataset.channels
+        self.dataset, self.channels, self.numbers = dataset, dataset.channels, numbers
         self.labels = numbers[dataset.labels]
 
     def read(self, index: int) -> bytes:
@@ -115,10 +128,30 @@ class _Renumbered(ImageDataset):
         return self.dataset.image(index)
 
 
-def reader(info: SourceInfo) -> Callable[[str], Tensor]:
-    """A function from a picture's path to the tensor that the model takes; raises BadSample as `read_image` does."""
-    transform = build_transforms(None, info.transform, train=False)
-    return lambda path: transform(read_image(path, info.channels))
+class Reader:
+    """Picture files to batches as a model of the run takes them, without a target."""
+
+    def __init__(self, info: SourceInfo) -> None:
+        self._channels = info.channels
+        self._pipeline = build_pipeline(None, info.transform, info.target, train=False)
+
+    def image(self, path: str) -> Image.Image:
+        """The decoded picture. Raises BadSample as `read_image` does."""
+        return read_image(path, self._channels)
+
+    def batch(self, images: Sequence[Image.Image]) -> Batch:
+        """The batch that the pipeline of evaluation makes of `images`."""
+        batch = batch_of(self._pipeline, list(images))
+        return {**batch, "index": torch.arange(len(images))}
 
 
-__all__ = ["BadSample", "build_loader", "match_source", "monitored_split", "open_source", "reader", "source_info"]
+__all__ = [
+    "BadSample",
+    "Reader",
+    "build_loader",
+    "match_source",
+    "monitored_split",
+    "open_source",
+    "settle_config",
+    "source_info",
+]

@@ -24,7 +24,8 @@ from torch import nn
 
 from coterie.attention import MovingCentroids, follow_learning_rate, initialize_centroids
 from coterie.engine import checkpoint
-from coterie.engine.config import RunConfig, check
+from coterie.engine.batches import rows, split, to_device
+from coterie.engine.config import RunConfig, check, settled, with_task_defaults
 from coterie.engine.distributed import (
     any_rank,
     make_accelerator,
@@ -82,7 +83,7 @@ def train(config: RunConfig, *, resume: bool = False, show: Callable[[RunConfig]
     """
     check(config)
     accelerator = make_accelerator(config.train)
-    config = on_main(accelerator, lambda: resolve_run(config, resume))
+    config = with_task_defaults(on_main(accelerator, lambda: resolve_run(config, resume)))
     trainer = Trainer(config, accelerator)
     on_main(accelerator, lambda: create_run(trainer.config, resume))
     if show and accelerator.is_main_process:
@@ -102,6 +103,9 @@ class Trainer:
         self.task = create_task(
             config.task.name, classes=self.info.classes, augment=config.augment, **config.task.options
         )
+        self.epochs = settled(config.train.epochs, "train.epochs")
+        self.batch_size = settled(config.train.batch_size, "train.batch_size")
+        self.peak_rate = settled(config.optim.lr, "optim.lr")
         self.monitored = monitored_split(self.source)
         self.loader = build_loader(self.source, "train", self.info, config, accelerator)
         self.test_loaders = {
@@ -109,7 +113,7 @@ class Trainer:
             for split in {self.monitored, "test"}
         }
         self.epoch_steps = self.loader.num_batches()
-        self.steps = config.train.epochs * self.epoch_steps
+        self.steps = self.epochs * self.epoch_steps
         self._build_model()
         self.step = 0
         self.best: dict[str, Any] | None = None  # step and figure of the best evaluation
@@ -124,7 +128,9 @@ class Trainer:
         if has_centroids and config.model.centroid_init == "data":
             # The first global batch, whole, on every rank: all start from the same centroids.
             first = next(build_loader(self.source, "train", self.info, config).batches(0, 0, train=True))
-            initialize_centroids(model, first["image"].to(accelerator.device))
+            first = to_device(first, accelerator.device)
+            masks: Any = {"mask": first["mask"]} if "mask" in first else {}
+            initialize_centroids(getattr(model, "backbone", model), first["image"], **masks)
         if accelerator.num_processes > 1:
             model = synchronize_batch_norm(model, accelerator.device)
         self.average = None
@@ -173,10 +179,8 @@ class Trainer:
         parameters = sum(parameter.numel() for parameter in self.plain_model.parameters())
         self.progress.line(self.source.describe())
         where = f"{self.accelerator.num_processes} x {self.accelerator.device.type}"
-        size = self.config.train.batch_size
-        self.progress.line(
-            f"{self.config.model.name}: {parameters:,} parameters, {self.steps} steps of {size} images on {where}"
-        )
+        steps = f"{self.steps} steps of {self.batch_size} images on {where}"
+        self.progress.line(f"{self.config.model.name}: {parameters:,} parameters, {steps}")
         self.progress.line(f"run folder: {self.run_dir}")
         if self.step:
             self.progress.line(f"going on from step {self.step}")
@@ -188,7 +192,7 @@ class Trainer:
             epoch, start = divmod(self.step, self.epoch_steps)
             for batch in self.loader.batches(epoch, start, train=True):
                 self._train_step(batch)
-                self.progress.step(self.step, epoch, self.config.train.epochs)
+                self.progress.step(self.step, epoch, self.epochs)
                 epoch_ends = self.step % self.epoch_steps == 0
                 logging = epoch_ends or self.step % output.log_every == 0
                 if logging:
@@ -210,20 +214,16 @@ class Trainer:
         """One optimizer step on this rank's share of a global batch, in `accumulate` parts."""
         config, accelerator = self.config, self.accelerator
         seed_step(config.train.seed, self.step, accelerator.process_index)
-        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-        batch = self.task.prepare_batch(batch)
+        batch = self.task.prepare_batch(to_device(batch, accelerator.device))
         set_learning_rate(self.plain_optimizer, self._learning_rate())
-        rows = len(next(iter(batch.values())))
-        parts = min(config.train.accumulate, rows)
-        split = {name: value.tensor_split(parts) for name, value in batch.items()}
+        parts = split(batch, min(config.train.accumulate, rows(batch)))
         total = torch.zeros((), device=accelerator.device)
-        for number in range(parts):
-            part = {name: pieces[number] for name, pieces in split.items()}
-            last = number == parts - 1
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
                     loss = self.task.loss(self.model, part)["loss"]
-                loss = loss * (len(next(iter(part.values()))) / rows)
+                loss = loss * (rows(part) / rows(batch))
                 accelerator.backward(loss)
             total = total + loss.detach()
         norm = accelerator.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm or math.inf)
@@ -237,7 +237,7 @@ class Trainer:
     def _learning_rate(self) -> float:
         schedule = self.config.schedule
         warmup = round(schedule.warmup_epochs * self.epoch_steps)
-        return learning_rate(self.step, self.steps, warmup, self.config.optim.lr, schedule)
+        return learning_rate(self.step, self.steps, warmup, self.peak_rate, schedule)
 
     def _end_epoch(self, done: int) -> None:
         """Evaluate where it is due, and write a checkpoint."""
@@ -249,7 +249,7 @@ class Trainer:
             if self.logs:
                 self.logs.write("eval", self.step, done, split=self.monitored, **figures)
             shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items())
-            self.progress.line(f"epoch {done}/{self.config.train.epochs}  {self.monitored}: {shown}")
+            self.progress.line(f"epoch {done}/{self.epochs}  {self.monitored}: {shown}")
         self._save_checkpoint()
 
     def _evaluate(self, split: str, *, collect: bool) -> Evaluation:
@@ -268,9 +268,9 @@ class Trainer:
                 for name, reason in loader.bad.items()
             }
             if bad:
-                self.logs.write("data", self.step, self.config.train.epochs, bad_samples=bad)
+                self.logs.write("data", self.step, self.epochs, bad_samples=bad)
             if self.monitored != "test" and not any(event["event"] == "test" for event in read_events(self.run_dir)):
-                self.logs.write("test", self.step, self.config.train.epochs, split="test", **done.figures)
+                self.logs.write("test", self.step, self.epochs, split="test", **done.figures)
             weights = checkpoint.storable(self.answering_model.state_dict())
             atomic_write(self.run_dir / "model.safetensors", tensors_to_bytes(weights))
             buffer = io.BytesIO()
@@ -281,17 +281,17 @@ class Trainer:
 
     def _log_training(self, epoch: int) -> None:
         try:
-            values = self.window.close(self.config.train.batch_size)
+            values = self.window.close(self.batch_size)
         except NonFiniteStep as found:
             raise self._divergence(found) from None
         values["lr"] = self.plain_optimizer.param_groups[0]["lr"]
         if self.logs:
             self.logs.write("train", self.step, round(self.step / self.epoch_steps, 4), **values)
-        self.progress.status(self.step, epoch, self.config.train.epochs, values)
+        self.progress.status(self.step, epoch, self.epochs, values)
 
     def _divergence(self, found: NonFiniteStep) -> NonFiniteLoss:
         config, last = self.config, checkpoint.latest(self.checkpoints)
-        hints = [f"lower optim.lr (now {config.optim.lr:g})"]
+        hints = [f"lower optim.lr (now {self.peak_rate:g})"]
         if not config.optim.clip_norm:
             hints.append("clip gradients (optim.clip_norm 1)")
         if config.train.precision != "no":

@@ -22,7 +22,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     named: Callable[[], Collection[str]] | None = getattr(model, "no_weight_decay", None)
     spared = named() if named else ()
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=spared)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=0.0, fused=True)
+    lr = config.lr or 0.0  # where it is open: the schedule sets the rate before every step anyway
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, weight_decay=0.0, fused=True)
 
 
 def learning_rate(step: int, steps: int, warmup_steps: int, peak: float, schedule: ScheduleConfig) -> float:

@@ -40,11 +40,13 @@ class SourceInfo:
         name: The data that the model was trained on.
         classes: Class names in the order of the labels.
         transform: What is done to pictures, with nothing left open.
+        target: What is known of each picture: `class`, `label_map` or `instances`.
     """
 
     name: str
     classes: list[str]
     transform: TransformConfig
+    target: str = "class"
 
     @property
     def channels(self) -> int:
@@ -133,7 +135,7 @@ def read_source(run_dir: Path) -> SourceInfo:
     transform: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values["transform"].items()
     }
-    return SourceInfo(values["name"], values["classes"], TransformConfig(**transform))
+    return SourceInfo(values["name"], values["classes"], TransformConfig(**transform), values.get("target", "class"))
 
 
 def write_environment(run_dir: Path, device: torch.device, processes: int) -> None:
