@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 from coterie._version import __version__
 
-_ORDER = ("train", "eval", "predict", "inspect", "bench", "list", "info")
+_ORDER = ("train", "eval", "predict", "export", "inspect", "bench", "list", "info")
 _EXAMPLES = """\
 examples:
   coterie train                                     train a Dynamic Group Transformer on real handwritten digits
-  coterie train --data.source folder:photos         on your own pictures, one folder per class
-  coterie predict runs/digits photo.png             classify a picture
+  coterie train --data folder:photos                on your own pictures, one folder per class
+  coterie train --task object-detection --data digit-scenes      find things: detectors, segmentation
+  coterie predict runs/digits photo.png             ask a trained run about a picture
   coterie inspect runs/digits photo.png             see which tokens group, and which keys each group chose
   coterie bench op dynamic_group --tokens 3136      speed and memory against exact attention
   coterie info                                      what runs on this machine, and why something would not
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         modules[name].configure(typed)
-        return _run(name, modules[name], typed.parse_args(arguments[1:]))
+        return _run(name, modules[name], typed.parse_args(_long(arguments[1:], getattr(modules[name], "SHORT", {}))))
 
     parser = argparse.ArgumentParser(
         prog="coterie",
@@ -70,6 +71,20 @@ def _wanted(arguments: list[str]) -> list[str]:
     """Only the module of the command that is called, or all of them for the help."""
     known = commands()
     return [arguments[0]] if arguments and arguments[0] in known else known
+
+
+def _long(arguments: list[str], short: dict[str, str]) -> list[str]:
+    """The arguments with short forms (`--task NAME`) written out (`--task.name NAME`).
+
+    The same option with a mapping, `--task '{name: NAME}'`, stays: it sets a whole section.
+    """
+    out = list(arguments)
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        following = value if equals else next(iter(arguments[place + 1 :]), "")
+        if option in short and not following.lstrip().startswith("{"):
+            out[place] = short[option] + equals + value
+    return out
 
 
 def _run(name: str, module: object, args: object) -> int:

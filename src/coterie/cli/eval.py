@@ -33,11 +33,14 @@ def run(args: argparse.Namespace) -> int:
     from coterie.engine import evaluate
 
     result = evaluate(args.run, data=args.data, split=args.split, weights=args.weights, device=args.device)
-    count = len(next(iter(result.samples.values())))
     if args.json:
-        print(json.dumps({"run": args.run, "data": args.data, "split": args.split, "samples": count, **result.figures}))
+        print(
+            json.dumps(
+                {"run": args.run, "data": args.data, "split": args.split, "samples": result.images, **result.figures}
+            )
+        )
         return 0
-    print(f"{args.split}: {count:,} samples")
+    print(f"{args.split}: {result.images:,} samples")
     width = max(map(len, result.figures))
     for name, value in result.figures.items():
         print(f"  {name:<{width}}  {value:.4f}")

@@ -3,7 +3,9 @@
 examples:
   coterie train                                              digits, with the defaults below
   coterie train --config recipes/digits.yaml                 a recipe
-  coterie train --data.source folder:photos                  your pictures, one folder per class
+  coterie train --data folder:photos                         your pictures, one folder per class
+  coterie train --task semantic-segmentation --data digit-scenes     a class for every pixel
+  coterie train --task object-detection --data coco:street   boxes; also instance-segmentation
   coterie train --config recipes/cifar10.yaml --train.epochs 5 --model.options.attention global
   coterie train --resume runs/digits                         go on with a run that was stopped or killed
   coterie train --print_config                               show the whole configuration and stop
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 HELP = "train a model on pictures"
 JSONARGPARSE = True
+SHORT = {"--task": "--task.name", "--data": "--data.source", "--model": "--model.name", "--output": "--output.dir"}
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -33,7 +36,10 @@ def configure(parser: ArgumentParser) -> None:
     from coterie.engine.config import add_arguments
 
     add_arguments(parser)
-    parser.usage = "coterie train [--config FILE] [--SECTION.FIELD VALUE ...] [--resume [RUN]] [--no-report]"
+    parser.usage = (
+        "coterie train [--task NAME] [--data SOURCE] [--model NAME] [--output FOLDER] [--config FILE] "
+        "[--SECTION.FIELD VALUE ...] [--resume [RUN]] [--no-report]"
+    )
     parser.error = functools.partial(_refuse, parser)  # type: ignore[method-assign]
     parser.add_argument(
         "--resume", nargs="?", const=True, metavar="RUN",

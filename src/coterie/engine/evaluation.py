@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from coterie.engine import _interim
 from coterie.engine.batches import select, to_device
 from coterie.engine.distributed import any_rank, make_accelerator
 from coterie.engine.inputs import WHOLE, BadSample, Reader, build_loader, match_source, open_source
-from coterie.engine.runs import load_run
+from coterie.engine.runs import LoadedRun, load_run
 from coterie.tasks import Batch, Task
 
 if TYPE_CHECKING:
@@ -84,18 +84,17 @@ def evaluate_split(
             has_loss = True
             mean_loss.update(result["loss"], weight=len(batch["index"]))
         if collect:
-            collected.append(
-                {
-                    name: np.asarray(torch.as_tensor(value).cpu())
-                    for name, value in task.collect(result["output"], batch).items()
-                }
-            )
+            collected.append({name: _array(value) for name, value in task.collect(result["output"], batch).items()})
     figures = {"loss": mean_loss.compute().item()} if any_rank(accelerator, has_loss) else {}
     figures |= task.report(metrics)
     comments = task.comment(metrics)
     model.train(was_training)
     samples = _join(collected, accelerator) if collect else {}
     return Evaluation(figures, int(count.compute().item()), samples, comments)
+
+
+def _array(value: Tensor | np.ndarray) -> np.ndarray:
+    return value.cpu().numpy() if isinstance(value, Tensor) else value
 
 
 def _join(parts: list[dict[str, np.ndarray]], accelerator: Accelerator) -> dict[str, np.ndarray]:
@@ -143,7 +142,7 @@ def evaluate(
 
 @torch.inference_mode()
 def predict(
-    run_dir: str | Path,
+    run_dir: str | Path | LoadedRun,
     paths: Sequence[str | Path],
     *,
     weights: str = "final",
@@ -153,13 +152,13 @@ def predict(
     """Answer for image files with a trained run, in their order; one that cannot be read gets an `error`.
 
     Args:
-        run_dir: The run folder.
+        run_dir: The run folder, or a run that was loaded already.
         paths: Image files.
-        weights: `final` or `best`.
+        weights: `final` or `best`, where a folder is given.
         device: `auto` or `cpu`.
         batch_size: Images computed at once; if not given, 64 for classification and one at a time for dense tasks.
     """
-    run = load_run(run_dir, weights)
+    run = run_dir if isinstance(run_dir, LoadedRun) else load_run(run_dir, weights)
     run.config.train.device = "cpu" if device == "cpu" else "auto"
     accelerator = make_accelerator(run.config.train)
     model = run.model.to(accelerator.device)

@@ -1,0 +1,119 @@
+"""Dense predictions as files that the usual tools read, and as plain data for programs.
+
+    instances    one COCO file: images, categories and annotations, each annotation with its score; the list under
+                 "annotations" is what `pycocotools.coco.COCO.loadRes` takes
+    label maps   one PNG for each image, a byte for each pixel that is the number of its class, with a palette of the
+                 drawn colours, as Pascal VOC and ADE20K keep theirs
+
+Formats: cocodataset.org/#format-data and host.robots.ox.ac.uk/pascal/VOC.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from coterie.engine.evaluation import Prediction
+
+Answer = dict[str, Any]
+
+
+def keep_certain(answer: Answer, least: float) -> Answer:
+    """The instances of an answer with a score of at least `least`, the surest first; a label map as it is."""
+    if "scores" not in answer:
+        return answer
+    order = np.argsort(-answer["scores"], kind="stable")
+    order = order[answer["scores"][order] >= least]
+    return {name: values[order] for name, values in answer.items()}
+
+
+def coco_text(predictions: Sequence[dict[str, Any]], classes: Sequence[str]) -> str:
+    """Instances, as `plain` gives them, as one COCO file. Images and categories count from 1."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, known in enumerate(predictions, start=1):
+        size = {"width": known["width"], "height": known["height"]}
+        images.append({"id": number, "file_name": known["image"], **size})
+        for entry in known["instances"]:
+            left, top, right, bottom = entry["box"]
+            mask = {"segmentation": entry["mask"]} if "mask" in entry else {}
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": entry["label"] + 1,
+                    "bbox": [left, top, round(right - left, 2), round(bottom - top, 2)],
+                    "area": entry["area"],
+                    "iscrowd": 0,
+                    "score": entry["score"],
+                    **mask,
+                }
+            )
+    categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
+    return json.dumps({"images": images, "annotations": annotations, "categories": categories})
+
+
+def instances(answer: Answer, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Each instance as plain data: class, label, score, box (left, top, right, bottom), area, and its mask as COCO's
+    run lengths where there is one. Pixels, to two decimals."""
+    entries = []
+    for index, label in enumerate(answer["labels"].tolist()):
+        box = [round(float(value), 2) for value in answer["boxes"][index]]
+        entry = {
+            "class": classes[label],
+            "label": label,
+            "score": round(float(answer["scores"][index]), 4),
+            "box": box,
+            "area": round((box[2] - box[0]) * (box[3] - box[1]), 2),
+        }
+        if "masks" in answer:
+            entry |= {"mask": run_lengths(answer["masks"][index]), "area": int(answer["masks"][index].sum())}
+        entries.append(entry)
+    return entries
+
+
+def shares(answer: Answer, classes: Sequence[str]) -> list[tuple[str, float]]:
+    """The classes of a label map with their shares of its pixels, the largest first; absent ones are left out."""
+    counts = np.bincount(answer["label_map"].ravel(), minlength=len(classes))[: len(classes)]
+    order = np.argsort(-counts, kind="stable")
+    total = max(int(counts.sum()), 1)
+    return [(classes[label], counts[label] / total) for label in order.tolist() if counts[label]]
+
+
+def run_lengths(mask: UInt8[np.ndarray, "height width"]) -> dict[str, Any]:
+    """A mask as COCO's compressed run lengths, its text ready for JSON."""
+    from pycocotools import mask as codec
+
+    encoded = codec.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(map(int, encoded["size"])), "counts": encoded["counts"].decode("ascii")}
+
+
+def label_map_png(label_map: UInt8[np.ndarray, "height width"], palette: Sequence[tuple[int, int, int]]) -> bytes:
+    """A label map as a PNG of one byte per pixel; `palette` gives the colour of each class."""
+    image = Image.fromarray(np.ascontiguousarray(label_map, dtype=np.uint8))
+    image.putpalette([value for colour in palette for value in colour])
+    return png(image)
+
+
+def png(image: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def plain(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
+    """A dense prediction as plain data for JSON: the instances, or the share of each class."""
+    if prediction.image is None:
+        raise ValueError(f"{prediction.path}: there is no picture, so nothing is known about its pixels")
+    width, height = prediction.image.size
+    known: dict[str, Any] = {"image": prediction.path, "width": width, "height": height}
+    if "label_map" in prediction.answers:
+        return {**known, "shares": {name: round(share, 6) for name, share in shares(prediction.answers, classes)}}
+    return {**known, "instances": instances(prediction.answers, classes)}
