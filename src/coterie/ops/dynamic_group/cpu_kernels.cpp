@@ -14,6 +14,10 @@
 #include <new>
 #include <vector>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "_simd.h"
 
 namespace {
@@ -158,54 +162,128 @@ inline void to_ordered(float* x, int n) {
     }
 }
 
-// The best `k` of candidates that come in order of rising index: higher scores first, then lower indices. They are held in order of
-// index; when the store is full, the k-th largest score is found by bisection over its bits, and what lies below it goes.
+inline std::int32_t ordered(float x) {
+    std::int32_t bits;
+    x += 0.0f;
+    std::memcpy(&bits, &x, 4);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+inline float from_ordered(std::int32_t x) {
+    const std::int32_t bits = x ^ ((x >> 31) & 0x7fffffff);
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Puts those of eight integers that reach `bar` side by side, with their indices; gives their number. Writes eight of each.
+#ifdef __AVX2__
+struct Lanes {
+    std::uint64_t of[256];  // for a mask of eight bits, the lanes that are set, a byte each
+    Lanes() {
+        for (int mask = 0; mask < 256; ++mask) {
+            of[mask] = 0;
+            for (int l = 7; l >= 0; --l)
+                if (mask >> l & 1) of[mask] = of[mask] << 8 | std::uint64_t(l);
+        }
+    }
+};
+const Lanes LANES_SET;
+inline int keep(const std::int32_t* value, const std::int32_t* which, std::int32_t bar, std::int32_t* score, std::int32_t* index) {
+    const auto load8 = [](const std::int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
+    const auto store8 = [](std::int32_t* p, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); };
+    const __m256i v = load8(value), w = load8(which);
+    const int mask = ~_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(bar), v))) & 255;
+    if (!mask) return 0;
+    const __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)LANES_SET.of[mask]));
+    store8(score, _mm256_permutevar8x32_epi32(v, order));
+    store8(index, _mm256_permutevar8x32_epi32(w, order));
+    return __builtin_popcount(unsigned(mask));
+}
+#else
+inline int keep(const std::int32_t* value, const std::int32_t* which, std::int32_t bar, std::int32_t* score, std::int32_t* index) {
+    int n = 0;
+    for (int l = 0; l < 8; ++l) {
+        const std::int32_t v = value[l], w = which[l];
+        score[n] = v;
+        index[n] = w;
+        n += v >= bar;
+    }
+    return n;
+}
+#endif
+
+// The best `k` of candidates that come in order of rising index: higher scores first, then lower indices. Held in order of index, with
+// room for eight more than there are.
 struct TopK {
     std::int32_t *score, *index;
-    std::int32_t n;
-    // Keeps the best k (all, if there are no more); returns the score that the next candidate has to exceed.
-    std::int32_t shrink(int k) {
-        if (n <= k) return NEVER;
-        std::int32_t low = score[0], high = score[0];
-        for (int j = 1; j < n; ++j) {
-            low = std::min(low, score[j]);
-            high = std::max(high, score[j]);
+    int n;
+
+    // Takes those of further candidates that reach `bar`.
+    void add(const std::int32_t* value, const std::int32_t* which, int count, std::int32_t bar) {
+        int kept = n, j = 0;
+        for (; j + 8 <= count; j += 8) kept += keep(value + j, which + j, bar, score + kept, index + kept);
+        for (; j < count; ++j) {
+            score[kept] = value[j];
+            index[kept] = which[j];
+            kept += value[j] >= bar;
         }
-        std::int32_t reach = n;  // how many reach `low`; the k-th largest is in [low, high]
-        while (low < high && reach != k) {
-            const std::int32_t middle = std::int32_t((i64(low) + high + 1) >> 1);
-            std::int32_t count = 0;
-            for (int j = 0; j < n; ++j) count += score[j] >= middle;
-            if (count >= k) {
+        n = kept;
+    }
+
+    // Keeps the best k (all, if there are no more); returns the least score with which a further candidate gets in.
+    std::int32_t shrink(int k) {
+        const int count = n;
+        std::int32_t *const s = score, *const at = index;
+        if (count < k) return NEVER;
+        std::int32_t low = s[0], high = s[0];
+        for (int j = 1; j < count; ++j) {
+            low = std::min(low, s[j]);
+            high = std::max(high, s[j]);
+        }
+        if (count == k) return low + 1;
+        // The k-th largest score lies in [low, high]; `reach` scores reach `low`, `above` lie beyond `high`. A few guesses, as if scores lay
+        // evenly between the two, mostly find a score that exactly k reach; bisection of the bits ends whatever is left.
+        int reach = count, above = 0;
+        for (int guess = 0; low < high && reach != k; ++guess) {
+            std::int32_t middle = std::int32_t((i64(low) + high + 1) >> 1);
+            if (guess < 8) {
+                const float from = from_ordered(low), to = from_ordered(high);
+                const float share = std::min(std::max(float(reach - k) / float(reach - above), 0.1f), 0.9f);
+                const float value = from + (to - from) * share;
+                if (std::isfinite(value)) middle = std::min(std::max(ordered(value), low + 1), high);
+            }
+            int reaching = 0;
+            for (int j = 0; j < count; ++j) reaching += s[j] >= middle;
+            if (reaching >= k) {
                 low = middle;
-                reach = count;
+                reach = reaching;
             } else {
                 high = middle - 1;
+                above = reaching;
             }
         }
-        int kept = 0;
+        int kept = 0, j = 0;
         if (reach == k) {
-            for (int j = 0; j < n; ++j) {
-                const std::int32_t value = score[j];
-                score[kept] = value;
-                index[kept] = index[j];
-                kept += value >= low;
+            for (; j + 8 <= count; j += 8) kept += keep(s + j, at + j, low, s + kept, at + kept);
+            for (; j < count; ++j) {
+                s[kept] = s[j];
+                at[kept] = at[j];
+                kept += s[kept] >= low;
             }
         } else {  // several equal the k-th largest: the first of them stay
-            int above = 0;
-            for (int j = 0; j < n; ++j) above += score[j] > low;
-            int equal = k - above;
-            for (int j = 0; j < n; ++j) {
-                const std::int32_t value = score[j];
+            int equal = k;
+            for (j = 0; j < count; ++j) equal -= s[j] > low;
+            for (j = 0; j < count; ++j) {
+                const std::int32_t value = s[j];
                 const bool tie = value == low && equal > 0;
                 equal -= tie;
-                score[kept] = value;
-                index[kept] = index[j];
+                s[kept] = value;
+                at[kept] = at[j];
                 kept += value > low || tie;
             }
         }
         n = kept;
-        return low;
+        return low + 1;  // no overflow: the largest score, that of infinity, is below the largest integer
     }
 };
 
@@ -216,33 +294,42 @@ inline void prefetch(const T* row, int d) {
     for (int i = 0; i < d; i += int(64 / sizeof(T))) __builtin_prefetch(row + i);
 }
 
-template <class T>
-inline void load_rows(const T* x, i64 stride, int n, int left, int d, float* out, int ld, bool unit) {
-    for (int r = 0; r < n; ++r) {
-        if (r + AHEAD < left) prefetch(x + (r + AHEAD) * stride, d);
-        for (int i = 0; i < d; ++i) out[r * ld + i] = float(load(x[r * stride + i]));
-        if (unit) {
-            float square = 0;
-            for (int i = 0; i < d; ++i) square += out[r * ld + i] * out[r * ld + i];
-            const float inverse = 1.0f / std::max(std::sqrt(square), std::numeric_limits<float>::min());
-            for (int i = 0; i < d; ++i) out[r * ld + i] *= inverse;
+// Rows x[index[r]] as the columns of out (d, ld), those beyond n zero; index == nullptr takes rows 0, 1, 2, ... Eight rows at a time, so that stores are contiguous.
+template <class T, class C>
+inline void gather_transposed(const T* x, i64 stride, const std::int32_t* index, int n, int d, C* out, int ld) {
+    int r = 0;
+    for (; r + 8 <= n; r += 8) {
+        const T* row[8];
+        for (int l = 0; l < 8; ++l) {
+            row[l] = x + (index ? index[r + l] : r + l) * stride;
+            if (r + l + AHEAD < n) prefetch(x + (index ? index[r + l + AHEAD] : r + l + AHEAD) * stride, d);
         }
+        for (int i = 0; i < d; ++i) {
+            C* to = out + i64(i) * ld + r;
+            for (int l = 0; l < 8; ++l) to[l] = C(load(row[l][i]));
+        }
+    }
+    for (; r < ld; ++r) {
+        const T* row = r < n ? x + (index ? index[r] : r) * stride : nullptr;
+        for (int i = 0; i < d; ++i) out[i64(i) * ld + r] = row ? C(load(row[i])) : C(0);
     }
 }
 
-// Pack (G, d) rows as (d, Gp) columns, padding with zeros.
-inline void pack_columns(const float* w, int G, int d, float* out, int Gp) {
-    std::fill(out, out + i64(d) * Gp, 0.0f);
-    for (int g = 0; g < G; ++g)
-        for (int i = 0; i < d; ++i) out[i * Gp + g] = w[i64(g) * d + i];
+// Columns of x (d, ld) brought to length 1.
+inline void unit_columns(float* x, int d, int ld) {
+    for (int j = 0; j < ld; ++j) {
+        float square = 0;
+        for (int i = 0; i < d; ++i) square += x[i64(i) * ld + j] * x[i64(i) * ld + j];
+        const float inverse = 1.0f / std::max(std::sqrt(square), std::numeric_limits<float>::min());
+        for (int i = 0; i < d; ++i) x[i64(i) * ld + j] *= inverse;
+    }
 }
 
 template <class T>
 int dynamic_groups(const T* q, const T* k, const float* closeness, const float* bias, const float* direction, const std::uint8_t* mask,
                    i64* assignment, i64* selected, i64 B, i64 H, i64 Lq, i64 Lk, int d, int G, int top_k, const i64* qs, const i64* ks,
                    int unit_keys, int threads) {
-    constexpr int W = LANES<float>, ROWS = 48;
-    const int Gp = padded<float>(G);
+    constexpr int W = LANES<float>, TOKENS = 512;
     const i64 QP = 2048, KP = 8192;  // queries, keys per piece of work
     const i64 qpieces = (Lq + QP - 1) / QP, kpieces = (Lk + KP - 1) / KP;
     int failed = 0;
@@ -251,33 +338,25 @@ int dynamic_groups(const T* q, const T* k, const float* closeness, const float* 
     for (i64 item = 0; item < B * H * qpieces; ++item) {
         const i64 b = item / qpieces / H, h = item / qpieces % H, from = item % qpieces * QP, to = std::min(Lq, from + QP);
         Workspace& w = workspace();
-        w.reserve(bytes_of<float>({std::size_t(d) * Gp, std::size_t(ROWS) * d, std::size_t(ROWS) * Gp, std::size_t(Gp)}));
-        float* packed = w.take<float>(std::size_t(d) * Gp);
-        float* x = w.take<float>(std::size_t(ROWS) * d);
-        float* score = w.take<float>(std::size_t(ROWS) * Gp);
-        float* offset = w.take<float>(Gp);
-        pack_columns(closeness + h * G * d, G, d, packed, Gp);
-        for (int g = 0; g < Gp; ++g) offset[g] = g < G ? bias[h * G + g] : -std::numeric_limits<float>::infinity();
-        for (i64 t = from; t < to; t += ROWS) {
-            const int n = int(std::min<i64>(ROWS, to - t));
-            load_rows(q + b * qs[0] + h * qs[1] + t * qs[2], qs[2], n, int(to - t), d, x, d, false);
-            multiply<float, false>(x, d, 1, packed, Gp, score, Gp, n, Gp, d);
-            for (int r = 0; r < n; ++r) {
-                vfloat best = at(score + r * Gp) + at(offset);
+        const int Tp = padded<float>(std::min<i64>(TOKENS, to - from));
+        w.reserve(bytes_of<float>({std::size_t(d) * Tp, std::size_t(G) * Tp}));
+        float* qt = w.take<float>(std::size_t(d) * Tp);
+        float* score = w.take<float>(std::size_t(G) * Tp);
+        const float* offset = bias + h * G;
+        for (i64 t = from; t < to; t += TOKENS) {
+            const int n = int(std::min<i64>(TOKENS, to - t)), np = padded<float>(n);
+            gather_transposed(q + b * qs[0] + h * qs[1] + t * qs[2], qs[2], static_cast<const std::int32_t*>(nullptr), n, d, qt, np);
+            multiply<float, false>(closeness + h * G * d, d, 1, qt, np, score, np, G, np, d);
+            for (int j = 0; j < np; j += W) {
+                vfloat best = at(score + j) + offset[0];
                 vint which = {};
-                for (int c = W; c < Gp; c += W) {
-                    const vfloat s = at(score + r * Gp + c) + at(offset + c);
+                for (int g = 1; g < G; ++g) {
+                    const vfloat s = at(score + i64(g) * np + j) + offset[g];
                     const vint more = s > best;
                     best = more ? s : best;
-                    which = more ? vint{} + c : which;
+                    which = more ? vint{} + g : which;
                 }
-                int arg = 0;
-                float top = -std::numeric_limits<float>::infinity();
-                for (int l = 0; l < W; ++l) {
-                    const int candidate = which[l] + l;
-                    if (candidate < G && (best[l] > top || (best[l] == top && candidate < arg))) { top = best[l]; arg = candidate; }
-                }
-                assignment[(b * H + h) * Lq + t + r] = arg;
+                for (int l = 0; l < W && j + l < n; ++l) assignment[(b * H + h) * Lq + t + j + l] = which[l];
             }
         }
     }
@@ -291,55 +370,35 @@ int dynamic_groups(const T* q, const T* k, const float* closeness, const float* 
     for (i64 item = 0; item < B * H * kpieces; ++item) {
         try {
             const i64 b = item / kpieces / H, h = item / kpieces % H, from = item % kpieces * KP, to = std::min(Lk, from + KP);
-            const int limit = int(std::min<i64>(std::max<i64>(4 * i64(top_k), 256), to - from));
+            const int room = int(std::min<i64>(to - from, std::max(2 * top_k, TOKENS) + TOKENS)) + 8;  // candidates of a group
+            const int Tp = padded<float>(std::min<i64>(TOKENS, to - from));
             Workspace& w = workspace();
-            w.reserve(bytes_of<float>({std::size_t(d) * Gp, std::size_t(ROWS) * d, std::size_t(ROWS) * Gp, std::size_t(Gp),
-                                       std::size_t(G) * limit, std::size_t(G) * limit, std::size_t(G) * (sizeof(TopK) / 4 + 1)}));
-            float* packed = w.take<float>(std::size_t(d) * Gp);
-            float* x = w.take<float>(std::size_t(ROWS) * d);
-            float* score = w.take<float>(std::size_t(ROWS) * Gp);
-            std::int32_t* bar = w.take<std::int32_t>(Gp);
-            std::int32_t* scores = w.take<std::int32_t>(std::size_t(G) * limit);
-            std::int32_t* indices = w.take<std::int32_t>(std::size_t(G) * limit);
+            w.reserve(bytes_of<float>({std::size_t(d) * Tp, std::size_t(G) * Tp, std::size_t(G), std::size_t(G) * room, std::size_t(G) * room,
+                                       std::size_t(G) * (sizeof(TopK) / 4 + 1)}));
+            float* kt = w.take<float>(std::size_t(d) * Tp);
+            float* score = w.take<float>(std::size_t(G) * Tp);
+            std::int32_t* bar = w.take<std::int32_t>(std::size_t(G));
+            std::int32_t* scores = w.take<std::int32_t>(std::size_t(G) * room);
+            std::int32_t* indices = w.take<std::int32_t>(std::size_t(G) * room);
             TopK* top = w.take<TopK>(std::size_t(G));
-            pack_columns(direction + h * G * d, G, d, packed, Gp);
-            std::fill(bar, bar + Gp, std::numeric_limits<std::int32_t>::max());
             for (int g = 0; g < G; ++g) {
-                top[g] = TopK{scores + i64(g) * limit, indices + i64(g) * limit, limit};
-                for (int j = 0; j < limit; ++j) top[g].index[j] = std::int32_t(from + j);
+                top[g] = TopK{scores + i64(g) * room, indices + i64(g) * room, 0};
+                bar[g] = NEVER;
             }
-            for (i64 t = from; t < to; t += ROWS) {
-                const int n = int(std::min<i64>(ROWS, to - t));
-                load_rows(k + b * ks[0] + h * ks[1] + t * ks[2], ks[2], n, int(to - t), d, x, d, unit_keys != 0);
-                multiply<float, false>(x, d, 1, packed, Gp, score, Gp, n, Gp, d);
-                to_ordered(score, n * Gp);
+            for (i64 t = from; t < to; t += TOKENS) {
+                const int n = int(std::min<i64>(TOKENS, to - t)), np = padded<float>(n);
+                gather_transposed(k + b * ks[0] + h * ks[1] + t * ks[2], ks[2], static_cast<const std::int32_t*>(nullptr), n, d, kt, np);
+                if (unit_keys) unit_columns(kt, d, np);
+                multiply<float, false>(direction + h * G * d, d, 1, kt, np, score, np, G, np, d);
+                to_ordered(score, G * np);
                 std::int32_t* value = reinterpret_cast<std::int32_t*>(score);
-                for (int r = 0; r < n; ++r, value += Gp) {
-                    const i64 place = t + r - from;
-                    if (mask && !mask[b * Lk + t + r]) std::fill(value, value + Gp, NEVER);
-                    if (place < limit) {  // until the stores are full, everything goes in
-                        for (int g = 0; g < G; ++g) scores[i64(g) * limit + place] = value[g];
-                        if (place == limit - 1)
-                            for (int g = 0; g < G; ++g) bar[g] = top[g].shrink(top_k);
-                        continue;
-                    }
-                    for (int c = 0; c < Gp; c += W) {
-                        vint now, need;
-                        std::memcpy(&now, value + c, VECTOR_BYTES);
-                        std::memcpy(&need, bar + c, VECTOR_BYTES);
-                        const vint over = now > need;
-                        i64 any = 0, words[VECTOR_BYTES / 8];
-                        std::memcpy(words, &over, VECTOR_BYTES);
-                        for (int l = 0; l < VECTOR_BYTES / 8; ++l) any |= words[l];
-                        if (!any) continue;
-                        for (int l = 0; l < W; ++l) {
-                            if (!over[l]) continue;
-                            TopK& group = top[c + l];
-                            group.score[group.n] = now[l];
-                            group.index[group.n++] = std::int32_t(t + r);
-                            if (group.n == limit) bar[c + l] = group.shrink(top_k);
-                        }
-                    }
+                std::int32_t place[TOKENS];
+                for (int j = 0; j < n; ++j) place[j] = std::int32_t(t + j);
+                for (int j = 0; mask && j < n; ++j)
+                    for (int g = 0; !mask[b * Lk + t + j] && g < G; ++g) value[g * np + j] = NEVER;
+                for (int g = 0; g < G; ++g) {
+                    top[g].add(value + g * np, place, n, bar[g]);
+                    if (top[g].n > room - 8 - TOKENS) bar[g] = top[g].shrink(top_k);
                 }
             }
             for (int g = 0; g < G; ++g) {
@@ -439,27 +498,6 @@ inline void gather(const T* x, i64 stride, const std::int32_t* index, int n, int
         C* to = out + i64(r) * ld;
         for (int i = 0; i < d; ++i) to[i] = C(load(row[i])) * factor;
         for (int i = d; i < ld; ++i) to[i] = 0;
-    }
-}
-
-// The same, transposed: out (d, ld), columns beyond n are zero. Eight rows at a time, so that stores are contiguous.
-template <class T, class C>
-inline void gather_transposed(const T* x, i64 stride, const std::int32_t* index, int n, int d, C* out, int ld) {
-    int r = 0;
-    for (; r + 8 <= n; r += 8) {
-        const T* row[8];
-        for (int l = 0; l < 8; ++l) {
-            row[l] = x + (index ? index[r + l] : r + l) * stride;
-            if (r + l + AHEAD < n) prefetch(x + (index ? index[r + l + AHEAD] : r + l + AHEAD) * stride, d);
-        }
-        for (int i = 0; i < d; ++i) {
-            C* to = out + i64(i) * ld + r;
-            for (int l = 0; l < 8; ++l) to[l] = C(load(row[l][i]));
-        }
-    }
-    for (; r < ld; ++r) {
-        const T* row = r < n ? x + (index ? index[r] : r) * stride : nullptr;
-        for (int i = 0; i < d; ++i) out[i64(i) * ld + r] = row ? C(load(row[i])) : C(0);
     }
 }
 
