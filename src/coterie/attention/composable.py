@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from coterie.attention.base import PATTERNS, GridAttention, check_int, register_attention, unit_rows
 from coterie.attention.head_maps import SIDES, USES, HeadMaps, key_part, with_key_part
-from coterie.attention.rotary import rotary_tables, rotate
+from coterie.attention.rotary import rotary_frequencies, rotary_tables, rotate
 from coterie.ops import HeadComposition, composable_attention
 
 
@@ -138,8 +138,8 @@ class ComposableMultiHeadAttention(GridAttention):
             width = (num_heads + 2 * kv_heads) * self.head_dim
             self.qkv = nn.Linear(dim, width, bias=self.qkv.bias is not None, **where)
         if qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **where)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **where)
+            self.add_module("q_norm", nn.RMSNorm(self.head_dim, eps=1e-6, **where))
+            self.add_module("k_norm", nn.RMSNorm(self.head_dim, eps=1e-6, **where))
         self.maps = HeadMaps(dim, num_heads, rank=rank, uses=uses, sides=sides, static=static, initial=initial, **where)
 
     def forward(
@@ -227,8 +227,9 @@ class ComposableMultiHeadAttention(GridAttention):
     def _rotated(self, query: Tensor, key: Tensor, seen: int) -> tuple[Tensor, Tensor]:
         """Queries and keys at their positions; the last query stands at the last key."""
         positions = torch.arange(seen, seen + key.shape[2], device=key.device)
-        positions = positions.to(torch.promote_types(key.dtype, torch.float32))
-        cos, sin = (table.to(key.dtype) for table in rotary_tables(positions, self.rotary_dim, self.rotary or 0.0))
+        wide = torch.promote_types(key.dtype, torch.float32)
+        frequencies = rotary_frequencies(self.rotary_dim, self.rotary or 1.0, device=key.device, dtype=wide)
+        cos, sin = (table.to(key.dtype) for table in rotary_tables(positions, frequencies))
         at = key.shape[2] - query.shape[2]
         return rotate(query, cos[at:], sin[at:]), rotate(key, cos, sin)
 

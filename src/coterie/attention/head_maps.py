@@ -46,6 +46,12 @@ class HeadMaps(nn.Module):
         device, dtype: of the parameters.
     """
 
+    hidden: nn.Linear
+    gate: nn.Linear
+    mix: nn.Parameter
+    static_pre: nn.Parameter | None
+    static_post: nn.Parameter | None
+
     def __init__(
         self,
         dim: int,
@@ -91,7 +97,9 @@ class HeadMaps(nn.Module):
     def initial_stds(self) -> list[tuple[Tensor, float]]:
         """Every parameter with the standard deviation that it is drawn with, of mean zero."""
         d, n, r = self.dim, self.num_heads, self.rank
-        stds = [(p, 0.1 / math.sqrt(n)) for p in (self.static_pre, self.static_post) if p is not None]
+        stds: list[tuple[Tensor, float]] = [
+            (p, 0.1 / math.sqrt(n)) for p in (self.static_pre, self.static_post) if p is not None
+        ]
         if self.streams:
             stds.append((self.hidden.weight, math.sqrt(2 / (d + 2 * r * n))))
             stds.append((self.gate.weight, 0.005 * math.sqrt(2 / (d + n))))

@@ -5,17 +5,22 @@ position · base^(-2i/channels). With fewer rotated channels than a head has, th
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
+def rotary_frequencies(
+    channels: int, base: float, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, " half"]:
+    """Radians per position of each pair of channels."""
+    return 1.0 / (base ** (torch.arange(0, channels, 2, device=device, dtype=dtype) / channels))
+
+
 def rotary_tables(
-    positions: Float[Tensor, "*batch tokens"], channels: int, base: float
+    positions: Int[Tensor, "*batch tokens"], frequencies: Float[Tensor, " half"]
 ) -> tuple[Float[Tensor, "*batch tokens channels"], Float[Tensor, "*batch tokens channels"]]:
-    """Cosines and sines for `rotate`, in float32, or float64 if the positions are."""
-    dtype = torch.float64 if positions.dtype == torch.float64 else torch.float32
-    steps = torch.arange(0, channels, 2, device=positions.device, dtype=dtype) / channels
-    angles = positions.to(dtype).unsqueeze(-1) * base**-steps
+    """Cosines and sines for `rotate`, in the dtype of the frequencies."""
+    angles = positions.unsqueeze(-1).to(frequencies.dtype) * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
