@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,15 +28,24 @@ _BLOCK = 1024
 class CachedImages(ImageDataset):
     """The pictures of another dataset, decoded once. `bad` holds the index of each that cannot be, with its BadSample.
 
-    Worker processes that are forked share the memory.
+    Label maps are kept as well (as `maps`); instances are in memory in any case, and their masks are small as they
+    are. Worker processes that are forked share the memory.
     """
 
-    def __init__(self, dataset: ImageDataset, pictures: list[np.ndarray | None], bad: dict[int, BadSample]) -> None:
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        pictures: list[np.ndarray | None],
+        bad: dict[int, BadSample],
+        maps: list[np.ndarray | None] | None = None,
+    ) -> None:
         self.dataset = dataset
         self.labels = dataset.labels
         self.channels = dataset.channels
+        self.kind = dataset.kind
         self.pictures = pictures
         self.bad = bad
+        self.maps = maps
 
     def read(self, index: int) -> bytes:
         return self.dataset.read(index)
@@ -52,6 +62,13 @@ class CachedImages(ImageDataset):
             raise self.bad[index]
         return Image.fromarray(picture)
 
+    def target(self, index: int) -> Any:
+        if self.maps is None:
+            return self.dataset.target(index)
+        if self.maps[index] is None:
+            raise self.bad[index]
+        return self.maps[index]
+
 
 def decode_all(dataset: ImageDataset, max_bad: int, limit: int | None = None) -> CachedImages | None:
     """Decode every picture of a dataset on all cores.
@@ -64,28 +81,35 @@ def decode_all(dataset: ImageDataset, max_bad: int, limit: int | None = None) ->
     """
     start, size = time.monotonic(), 0
     pictures: list[np.ndarray | None] = []
+    maps: list[np.ndarray | None] | None = [] if dataset.kind == "label_map" else None
     bad: dict[int, BadSample] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata; what matters raises
-        for picture in _decode(dataset):
-            if isinstance(picture, BadSample):
-                bad[len(pictures)] = picture
-                pictures.append(None)
-            else:
-                size += picture.nbytes
-                pictures.append(picture)
+        for decoded in _decode(dataset):
+            if isinstance(decoded, BadSample):
+                bad[len(pictures)] = decoded
+                decoded = (None, None)
+            size += sum(part.nbytes for part in decoded if part is not None)
+            pictures.append(decoded[0])
+            if maps is not None:
+                maps.append(decoded[1])
             if limit is not None and size > limit:
                 return None
             if len(bad) > max_bad:
                 break
     logger.info("decoded %d images into memory (%d MiB) in %.1f s", len(pictures), size >> 20, time.monotonic() - start)
-    return CachedImages(dataset, pictures, bad)
+    return CachedImages(dataset, pictures, bad, maps)
 
 
-def _decode(dataset: ImageDataset) -> Iterator[np.ndarray | BadSample]:
-    def decode(index: int) -> np.ndarray | BadSample:
+_Decoded = tuple[np.ndarray | None, np.ndarray | None]
+
+
+def _decode(dataset: ImageDataset) -> Iterator[_Decoded | BadSample]:
+    """Each picture, and its label map in a set that has them."""
+
+    def decode(index: int) -> _Decoded | BadSample:
         try:
-            return np.asarray(dataset.image(index))
+            return np.asarray(dataset.image(index)), dataset.target(index) if dataset.kind == "label_map" else None
         except BadSample as error:
             return error
 

@@ -68,21 +68,31 @@ def printable(path: str | os.PathLike[str]) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def decode_image(data: bytes, channels: int, name: str) -> Image.Image:
+def decode_image(data: bytes, channels: int, name: str, size: tuple[int, int] | None = None) -> Image.Image:
     """Decode a picture.
 
     Args:
         data: the bytes of the file.
         channels: 1 for grey ("L"), 3 for colour ("RGB").
         name: what to call the picture in an error.
+        size: (height, width) that annotations of the picture refer to. Some were made on the picture as it lies in the
+            file, some on the upright one: the EXIF orientation is then applied only where it leads to this size.
 
     Raises:
-        BadSample: the bytes are empty, damaged, cut off, or in a form without an agreed 8-bit meaning.
+        BadSample: the bytes are empty, damaged, cut off, in a form without an agreed 8-bit meaning, or not of `size`.
     """
     image = _open(data, name)
     try:
         image.load()
-        return to_mode(upright(image), channels)
+        stands = upright(image)
+        if size is not None and (stands.height, stands.width) != size:
+            if (image.height, image.width) != size:
+                found = f"{stands.width}x{stands.height}"
+                raise BadSample(name, f"the picture is {found}, its annotation says {size[1]}x{size[0]}")
+            stands = image
+        return to_mode(stands, channels)
+    except BadSample:
+        raise
     except Exception as error:  # on damaged files Pillow's decoders raise nearly anything, from OSError to IndexError
         raise BadSample(name, _reason(error)) from error
 

@@ -31,16 +31,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from coterie.data.annotations import BadAnnotation
 from coterie.data.cache import LIMIT, CachedImages, decode_all
 from coterie.data.images import BadSample
+from coterie.data.pipelines import PADDING, Batch, ClassPipeline, Pipeline, Row
 from coterie.data.randomness import hash_key, permutation, preserved_generators, seed_everything
 from coterie.data.source import ImageDataset
 
 logger = logging.getLogger("coterie.data")
-
-Batch = dict[str, Tensor]
-PADDING = -1
-"""Index and label of the rows that fill up the last batch of an evaluation over several ranks."""
 
 _REPORTED = 20
 
@@ -70,13 +68,13 @@ class _Batcher(Dataset[_Delivery]):
     def __init__(
         self,
         dataset: ImageDataset,
-        transform: Callable[[Image.Image], Tensor],
+        pipeline: Pipeline,
         seed: int,
         max_bad: int,
         equal_rows: bool,
     ) -> None:
         self.dataset = dataset
-        self.transform = transform
+        self.pipeline = pipeline
         self.seed = seed
         self.max_bad = max_bad
         self.equal_rows = equal_rows
@@ -84,56 +82,58 @@ class _Batcher(Dataset[_Delivery]):
 
     def __getitem__(self, order: _Order) -> _Delivery:
         bad: dict[str, str] = {}
-        rows: list[tuple[Tensor | None, int, int]] = []
+        rows: list[Row | None] = []
+        indices: list[int] = []
         seeds = hash_key(self.seed, order.epoch, np.array(order.indices, dtype=np.int64)).tolist()
         with preserved_generators(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, every epoch; what matters raises
             for index, seed in zip(order.indices, seeds, strict=True):
-                found = self._find(index, order.train, bad)
-                if found is None:
-                    rows.append((None, PADDING, PADDING))
-                    continue
-                used, image = found
-                seed_everything(seed)
-                rows.append((self.transform(image), int(self.dataset.labels[used]), used))
-            if order.train and any(image is None for image, _, _ in rows):
+                used, row = self._find(index, seed, order.train, bad)
+                indices.append(used)
+                rows.append(row)
+            if order.train and PADDING in indices:
                 return _Delivery(None, list(bad.items()))  # too many bad ones; the loader stops when it hears of them
             if not self.equal_rows:
-                rows = [row for row in rows if row[0] is not None]
-            return _Delivery(self._collate(rows), list(bad.items()))
+                rows = [row for row in rows if row is not None]
+                indices = [index for index in indices if index != PADDING]
+            return _Delivery(self._collate(rows, indices), list(bad.items()))
 
-    def _find(self, index: int, replace: bool, bad: dict[str, str]) -> tuple[int, Image.Image] | None:
-        """The picture of `index`, or of the next good one after it. Adds those that cannot be read to `bad`."""
+    def _find(self, index: int, seed: int, replace: bool, bad: dict[str, str]) -> tuple[int, Row | None]:
+        """The row of `index`, or of the next good sample after it. Adds those that cannot be used to `bad`."""
         if index == PADDING:
-            return None
+            return PADDING, None
         for step in range(len(self.dataset) if replace else 1):
             candidate = (index + step) % len(self.dataset)
             try:
-                if candidate in self.known_bad:
-                    raise self.known_bad[candidate]
-                return candidate, self.dataset.image(candidate)
+                return candidate, self._row(candidate, seed)
             except BadSample as error:
                 self.known_bad[candidate] = error
                 bad[error.name] = error.reason
             if len(self.known_bad) > self.max_bad:
                 break
-        return None
+        return PADDING, None
 
-    def _collate(self, rows: list[tuple[Tensor | None, int, int]]) -> Batch | None:
+    def _row(self, index: int, seed: int) -> Row:
+        if index in self.known_bad:
+            raise self.known_bad[index]
+        image, target = self.dataset.image(index), self.dataset.target(index)
+        seed_everything(seed)
+        try:
+            return self.pipeline(image, target)
+        except BadAnnotation as error:
+            raise BadSample(self.dataset.name(index), str(error)) from error
+
+    def _collate(self, rows: list[Row | None], indices: list[int]) -> Batch | None:
         if not rows:
             return None
-        images = [image for image, _, _ in rows if image is not None]
-        if not images:  # a slice of nothing but padding still has the shape of its neighbours
-            found = self._find(0, True, {})
-            if found is None:
-                return None
-            images = [self.transform(found[1])]
-        blank = torch.zeros_like(images[0])
-        return {
-            "image": torch.stack([blank if image is None else image for image, _, _ in rows]),
-            "label": torch.tensor([label for _, label, _ in rows], dtype=torch.int64),
-            "index": torch.tensor([index for _, _, index in rows], dtype=torch.int64),
-        }
+        example = next((row for row in rows if row is not None), None)
+        if example is None:  # a slice of nothing but padding still has the shape of its neighbours
+            example = self._find(0, 0, True, {})[1]
+        if example is None:
+            return None
+        blank = self.pipeline.blank(example)
+        batch = self.pipeline.collate([blank if row is None else row for row in rows])
+        return {**batch, "index": torch.tensor(indices, dtype=torch.int64)}
 
 
 class _Orders:
@@ -153,8 +153,9 @@ class Loader:
     """Batches of one dataset.
 
     Args:
-        dataset: labelled pictures.
-        transform: a picture to a tensor (channels, height, width), the same shape for all.
+        dataset: annotated pictures.
+        transform: what is done with them: a Pipeline, see `coterie.data.pipelines.build_pipeline`; or, for
+            classification, a function of a picture to a tensor (channels, height, width), the same shape for all.
         batch_size: images in a GLOBAL batch, over all ranks.
         seed: of order and augmentation.
         rank, world_size: which slice of each global batch this process gets.
@@ -174,7 +175,7 @@ class Loader:
     def __init__(
         self,
         dataset: ImageDataset,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Pipeline | Callable[[Image.Image], Tensor],
         batch_size: int,
         *,
         seed: int = 0,
@@ -198,7 +199,7 @@ class Loader:
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share: got {max_bad_share}, takes a share from 0 to 1")
         self.dataset = dataset
-        self.transform = transform
+        self.pipeline = transform if isinstance(transform, Pipeline) else ClassPipeline(transform)
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
@@ -228,8 +229,9 @@ class Loader:
         and zero pixels, which are to be dropped after gathering.
 
         Yields:
-            {"image": float32 (batch, channels, height, width), "label": int64 (batch,), "index": int64 (batch,)};
-            "index" is that of the picture shown, in the dataset.
+            what the pipeline makes of the rows, and "index", int64 (batch,): that of the picture shown, in the
+            dataset. Of classification: {"image": float32 (batch, channels, height, width), "label": int64 (batch,),
+            "index": int64 (batch,)}.
 
         Raises:
             ValueError: `start_batch` is beyond the epoch.
@@ -272,7 +274,7 @@ class Loader:
             if delivery.batch is None:
                 continue
             if self.pin_memory and not self.workers:
-                yield {key: value.pin_memory() for key, value in delivery.batch.items()}
+                yield _pinned(delivery.batch)
             else:
                 yield delivery.batch
 
@@ -283,7 +285,7 @@ class Loader:
             self._met[:] = True
             self._note([(error.name, error.reason) for error in cached.bad.values()])
             dataset = cached
-        return _Batcher(dataset, self.transform, self.seed, max_bad, equal_rows=self.world_size > 1)
+        return _Batcher(dataset, self.pipeline, self.seed, max_bad, equal_rows=self.world_size > 1)
 
     def _fill_cache(self, max_bad: int) -> CachedImages | None:
         if self._cache == "auto":
@@ -293,12 +295,13 @@ class Loader:
     def _seems_to_fit(self) -> bool:
         """Whether a few headers promise that the decoded set fits; spares decoding a gigabyte in vain."""
         sizes = []
+        layers = self.dataset.channels + (self.dataset.kind == "label_map")
         for index in permutation(len(self.dataset), 2)[:64]:
             try:
                 header = self.dataset.header(int(index))
             except BadSample:
                 continue
-            sizes.append(header.height * header.width * self.dataset.channels)
+            sizes.append(header.height * header.width * layers)
         return bool(sizes) and float(np.mean(sizes)) * len(self.dataset) <= LIMIT // self.world_size
 
     def _from_workers(self, batcher: _Batcher, orders: list[_Order]) -> Iterator[_Delivery]:
@@ -351,6 +354,15 @@ class Loader:
                 f"{len(self.bad)} of {count} images cannot be read, more than the share of "
                 f"{self.max_bad_share:g} that max_bad_share allows: {shown}" + ("; ..." if len(self.bad) > 3 else "")
             )
+
+
+def _pinned(part: Any) -> Any:
+    """Tensors anywhere in a batch, put in page-locked memory."""
+    if isinstance(part, Tensor):
+        return part.pin_memory()
+    if isinstance(part, dict):
+        return {key: _pinned(value) for key, value in part.items()}
+    return [_pinned(value) for value in part] if isinstance(part, list) else part
 
 
 def _unchanged(delivery: Any) -> Any:

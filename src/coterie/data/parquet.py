@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,27 @@ def open_parquet(path: str, image: str | None = None, label: str | None = None) 
         FileNotFoundError: no such file, or no parquet file in the folder.
         ValueError: a file cannot be read, its split cannot be told, or a column is missing or ambiguous.
     """
+    name, folder, tables, origins = open_tables(
+        path, lambda where, schema: list(choose_columns(where, schema, image, label))
+    )
+    return from_tables(name, tables, origins, folder, image, label)
+
+
+def open_tables(
+    path: str, choose: Callable[[str, pyarrow.Schema], list[str]]
+) -> tuple[str, Path, dict[str, pyarrow.Table], dict[str, dict[str, int]]]:
+    """Read one parquet file or a folder of them.
+
+    Args:
+        path: the file or folder.
+        choose: the columns to read, in the order wanted, from the name of a file and its schema.
+
+    Returns:
+        the name of the set, the folder, a table for each split, and its origins (see ArrowImages).
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_parquet`.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -103,15 +124,17 @@ def open_parquet(path: str, image: str | None = None, label: str | None = None) 
     for split, members in _by_split(files, root).items():
         try:
             schema = pyarrow.parquet.read_schema(members[0])
-            columns = choose_columns(f"{printable(members[0])}", schema, image, label)
+            columns = choose(f"{printable(members[0])}", schema)
             counts = [pyarrow.parquet.read_metadata(member).num_rows for member in members]
-            tables[split] = _read(members, list(columns))
+            tables[split] = _read(members, columns).select(columns)
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{shown}: the {split} split cannot be read: {' '.join(str(error).split())}") from error
         starts = np.cumsum([0, *counts[:-1]]).tolist()
         origins[split] = dict(zip((printable(member) for member in members), starts, strict=True))
-    folder = root if root.is_dir() else root.parent
-    return from_tables(root.resolve().stem, tables, origins, folder, image, label)
+    name = root.resolve().stem
+    if "train" not in tables:
+        raise ValueError(f"{name}: no training images, only the split {', '.join(tables)}")
+    return name, root if root.is_dir() else root.parent, tables, origins
 
 
 def from_tables(
@@ -130,7 +153,7 @@ def from_tables(
     for split in sorted(tables, key=lambda split: split != "train"):
         table = tables[split]
         image_column, label_column = choose_columns(f"{name} ({split})", table.schema, image, label)
-        names = _features(table.schema).get(label_column, {}).get("names")
+        names = features_of(table.schema).get(label_column, {}).get("names")
         where = f"{name}: column {label_column!r} of the {split} split"
         labels, found = _labels(where, table.column(label_column), names, classes if split != "train" else None)
         if split == "train":
@@ -144,9 +167,19 @@ def from_tables(
 
 def choose_columns(where: str, schema: pyarrow.Schema, image: str | None, label: str | None) -> tuple[str, str]:
     """Names of the image and the label column. Raises ValueError where one is missing or there is a choice."""
+    features = features_of(schema)
+    images = image_columns(schema)
+    labels = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
+    if not labels:
+        labels = [name for name in schema.names if name in _USUAL["label"] and name not in images]
+    return choose_column(where, "image", image, images, schema), choose_column(where, "label", label, labels, schema)
+
+
+def image_columns(schema: pyarrow.Schema) -> list[str]:
+    """Names of the columns that hold pictures."""
     import pyarrow
 
-    features = _features(schema)
+    features = features_of(schema)
 
     def is_image(field: pyarrow.Field) -> bool:
         if field.name in features:
@@ -156,17 +189,14 @@ def choose_columns(where: str, schema: pyarrow.Schema, image: str | None, label:
             return kind.get_field_index("bytes") >= 0 and kind.get_field_index("path") >= 0
         return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
-    images = [field.name for field in schema if is_image(field)]
-    labels = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
-    if not labels:
-        labels = [name for name in schema.names if name in _USUAL["label"] and name not in images]
-    return _choose(where, "image", image, images, schema), _choose(where, "label", label, labels, schema)
+    return [field.name for field in schema if is_image(field)]
 
 
 _USUAL = {"image": ("image", "img"), "label": ("label", "labels")}
 
 
-def _choose(where: str, kind: str, asked: str | None, candidates: Sequence[str], schema: pyarrow.Schema) -> str:
+def choose_column(where: str, kind: str, asked: str | None, candidates: Sequence[str], schema: pyarrow.Schema) -> str:
+    """The column asked for, or the only or usual one of the candidates. Raises ValueError where there is none."""
     columns = ", ".join(schema.names)
     if asked is not None:
         if asked not in schema.names:
@@ -213,12 +243,12 @@ def _read(files: Sequence[Path], columns: list[str]) -> pyarrow.Table:
     parts = [pyarrow.parquet.ParquetFile(file).read(columns=columns) for file in files]
     first = parts[0].schema
     for file, part in zip(files, parts, strict=True):
-        if part.schema.types != first.types or _features(part.schema) != _features(first):
+        if part.schema.types != first.types or features_of(part.schema) != features_of(first):
             raise ValueError(f"{printable(file)}: its columns or classes differ from those of {printable(files[0])}")
     return pyarrow.concat_tables(parts).replace_schema_metadata(first.metadata)
 
 
-def _features(schema: pyarrow.Schema) -> dict[str, dict[str, Any]]:
+def features_of(schema: pyarrow.Schema) -> dict[str, dict[str, Any]]:
     """The Hugging Face features by column; empty without that metadata."""
     text = (schema.metadata or {}).get(b"huggingface")
     if text is None:

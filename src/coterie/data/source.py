@@ -13,7 +13,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -40,22 +40,31 @@ _SPLIT_ALIASES = {
 }
 
 
+TARGETS = ("class", "label_map", "instances")
+"""What a picture can be annotated with: the number of its class, a label map, or instances (boxes, masks)."""
+
+
 class Sample(NamedTuple):
-    """One labelled picture: an 8-bit "L" or "RGB" image, the number of its class, its name for people."""
+    """One annotated picture: an 8-bit "L" or "RGB" image, its target, its name for people.
+
+    The target `label` is the number of its class, or what `ImageDataset.target` gives in a dense set.
+    """
 
     image: Image.Image
-    label: int
+    label: Any
     name: str
 
 
 class ImageDataset(ABC):
     """Labelled pictures by number. `dataset[i]` is a Sample, or raises BadSample; `labels` is known without decoding.
 
-    Subclasses give `read` and `name`. `channels` (1 or 3) is set when a DataSource is assembled.
+    Subclasses give `read` and `name`. `channels` (1 or 3) is set when a DataSource is assembled. Datasets whose
+    `kind` is another of TARGETS than "class" give `target` as well; their `labels` are -1.
     """
 
     labels: Int64[np.ndarray, " samples"]
     channels: int = 3
+    kind: str = "class"
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -73,6 +82,16 @@ class ImageDataset(ABC):
             raise BadSample(self.name(index), error.strerror or str(error)) from error
         return decode_image(data, self.channels, self.name(index))
 
+    def target(self, index: int) -> Any:
+        """What the picture is annotated with.
+
+        "class": int; "label_map": uint8 array (height, width); "instances": `coterie.data.annotations.Instances`.
+
+        Raises:
+            BadSample: the annotation cannot be read or does not fit the picture.
+        """
+        return int(self.labels[index])
+
     def header(self, index: int) -> Header:
         """Size and colour of the picture, without decoding it. Raises BadSample."""
         try:
@@ -88,7 +107,7 @@ class ImageDataset(ABC):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index: got {index}, takes {-len(self)} to {len(self) - 1}")
         index %= len(self)
-        return Sample(self.image(index), int(self.labels[index]), self.name(index))
+        return Sample(self.image(index), self.target(index), self.name(index))
 
 
 class Subset(ImageDataset):
@@ -98,6 +117,7 @@ class Subset(ImageDataset):
         self.dataset = dataset
         self.indices = indices
         self.labels = dataset.labels[indices]
+        self.kind = dataset.kind
 
     @property
     def channels(self) -> int:  # type: ignore[override]
@@ -116,6 +136,9 @@ class Subset(ImageDataset):
     def image(self, index: int) -> Image.Image:
         return self.dataset.image(int(self.indices[index]))
 
+    def target(self, index: int) -> Any:
+        return self.dataset.target(int(self.indices[index]))
+
     def header(self, index: int) -> Header:
         return self.dataset.header(int(self.indices[index]))
 
@@ -132,6 +155,8 @@ class DataSource:
         splits: "train" and "test" always; "validation" as well where the source has both it and a test split.
         mirror: whether a mirrored picture keeps its label (False for digits and letters).
         background: grey value 0 to 255 behind what the pictures show; None where there is no such thing.
+        target: what the pictures are annotated with, one of TARGETS.
+        has_masks: of instances: whether they have masks besides boxes.
     """
 
     name: str
@@ -141,6 +166,8 @@ class DataSource:
     splits: dict[str, ImageDataset] = field(repr=False)
     mirror: bool = True
     background: int | None = None
+    target: str = "class"
+    has_masks: bool = False
 
     def describe(self) -> str:
         """One line for people."""

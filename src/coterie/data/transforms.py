@@ -8,10 +8,12 @@ configuration is plain numbers, so a run can save it and predict later without t
     a source with a background (digits)                a small rotation, shift and zoom, filled with the background
     up to 64 pixels, trained at about their size       padding by an eighth (reflected) and a random crop back to size
     larger                                             a random crop of 25 to 100 % of the area, light colour jitter
+    label maps, instances                              see pipelines.py: scale jitter, crop, mirror, photometric
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,14 +38,20 @@ INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos",
 class TransformConfig:
     """What is done to pictures. None everywhere means: as suits the source.
 
+    Pictures of a dense set (label maps, instances) are not squeezed to one size: in evaluation their shorter side
+    becomes `min_size`, or less where the longer one would exceed `max_size`; in training that size is multiplied by a
+    random factor within `scale_jitter`, and at most `image_size` of it is cut out. `crop`, `scale`, `affine`,
+    `auto_augment`, `erase` and `crop_pct` are for classification alone.
+
     Attributes:
-        image_size: side of a square, or (height, width), in pixels.
+        image_size: side of a square, or (height, width), in pixels; of a dense set the training crop. One number for
+            instances is the shorter side, and stands for `min_size`.
         channels: 1 or 3; grey becomes colour by repeating it, colour becomes grey by its luma (ITU-R 601).
         crop: of training: "random_resized", "pad" (pad by an eighth, crop back) or "none".
         scale: least and greatest share of the area that "random_resized" keeps.
         hflip, vflip: probability of mirroring left-right and of turning upside down.
         affine: greatest rotation (degrees), shift (share of the side) and zoom (0.1: 0.9 to 1.1).
-        color_jitter: strength of changes in brightness, contrast and saturation.
+        color_jitter: strength of changes in brightness, contrast and saturation (and hue in a dense set).
         auto_augment: timm's notation ("rand-m9-mstd0.5-inc1"); with it colour jitter is left out, as timm does.
         erase: probability of blanking out a rectangle.
         interpolation: of every resize.
@@ -51,6 +59,8 @@ class TransformConfig:
         mean, std: by channel, for pixels from 0 to 1.
         pretrained: take ImageNet's mean and std where none are given, because the weights were trained with them.
         fill: grey value 0 to 255 that rotation and padding bring in.
+        min_size, max_size: of a dense set: shorter side of a picture, and limit of the longer one.
+        scale_jitter: of a dense set: least and greatest random factor.
     """
 
     image_size: int | tuple[int, int] | None = None
@@ -63,12 +73,15 @@ class TransformConfig:
     color_jitter: float | None = None
     auto_augment: str | None = None
     erase: float = 0.0
-    interpolation: str = "bicubic"
+    interpolation: str | None = None
     crop_pct: float | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     pretrained: bool = False
     fill: int | None = None
+    min_size: int | None = None
+    max_size: int | None = None
+    scale_jitter: tuple[float, float] | None = None
 
 
 class Transform:
@@ -102,17 +115,16 @@ def settle(source: DataSource | None, config: TransformConfig) -> TransformConfi
         raise TypeError(f"config: got {type(config).__name__}, takes a TransformConfig")
     _check(config)
     if source is None:
-        open_fields = [name for name, value in vars(config).items() if value is None and name != "auto_augment"]
+        open_fields = [name for name, value in vars(config).items() if value is None and name not in _MAY_BE_NONE]
         if open_fields:
             raise ValueError(f"config: {open_fields[0]} is left open and there is no source to take it from")
         return config
+    if source.target != "class":
+        return _settle_dense(source, config)
     channels = config.channels or source.channels
     height, width = check_size(config.image_size) or source.native_size
     small = max(height, width) <= SMALL and min(source.native_size) <= 1.5 * min(height, width)
-    mean, std = config.mean, config.std
-    if mean is None or std is None:
-        own_mean, own_std = _imagenet(channels) if config.pretrained else source.statistics(channels)
-        mean, std = mean or own_mean, std or own_std
+    mean, std = _mean_and_std(source, config, channels)
     with_background = source.background is not None
     fill = source.background if with_background else round(255 * sum(mean) / len(mean))
     crop = config.crop or ("none" if with_background else "pad" if small else "random_resized")
@@ -125,9 +137,73 @@ def settle(source: DataSource | None, config: TransformConfig) -> TransformConfi
         affine=config.affine or ((10.0, 1 / 16, 0.1) if with_background else (0.0, 0.0, 0.0)),
         color_jitter=config.color_jitter if config.color_jitter is not None else 0.0 if small else 0.2,
         crop_pct=config.crop_pct or (0.875 if crop == "random_resized" else 1.0),
+        interpolation=config.interpolation or "bicubic",
         mean=tuple(mean),
         std=tuple(std),
         fill=config.fill if config.fill is not None else fill,
+    )
+    _check(settled)
+    return settled
+
+
+_MAY_BE_NONE = ("auto_augment", "min_size", "max_size", "scale_jitter")
+
+
+def _mean_and_std(
+    source: DataSource, config: TransformConfig, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    mean, std = config.mean, config.std
+    if mean is None or std is None:
+        own_mean, own_std = _imagenet(channels) if config.pretrained else source.statistics(channels)
+        mean, std = mean or own_mean, std or own_std
+    return mean, std
+
+
+def _settle_dense(source: DataSource, config: TransformConfig) -> TransformConfig:
+    """As `settle`, for label maps and instances.
+
+    The sizes are those of the median picture, up to the customary 512x1024 crop of label maps (Cityscapes) and the
+    800 (at most 1333) pixels of detectors; crops are multiples of 32, the stride of the last stage.
+    """
+    for name, none in (("crop", "none"), ("affine", (0.0, 0.0, 0.0)), ("auto_augment", None), ("erase", 0.0)):
+        value = getattr(config, name)
+        if value is not None and value != none:
+            raise ValueError(f"{name}: got {value!r}, which is for classification; {source.name} has {source.target}")
+    boxes = source.target == "instances"
+    short, long = min(source.native_size), max(source.native_size)
+    min_size = config.min_size
+    if min_size is None and boxes and config.image_size is not None:
+        min_size = config.image_size if isinstance(config.image_size, int) else min(config.image_size)
+    if min_size is None:
+        min_size = min(short, 800 if boxes else 1024)
+    # Neither limit shrinks a picture of the median shape.
+    max_size = config.max_size or round(min_size * max(long / short, 5 / 3 if boxes else 4))
+    scale = min_size / short
+    whole = [max(side * scale / 32, 1) for side in source.native_size]
+    if boxes:
+        crop = (32 * math.ceil(whole[0] - 1e-6), 32 * math.ceil(whole[1] - 1e-6))
+        given = None if isinstance(config.image_size, int) else check_size(config.image_size)
+    else:
+        crop = (min(32 * int(whole[0]), 512), min(32 * int(whole[1]), 1024))
+        given = check_size(config.image_size)
+    channels = config.channels or source.channels
+    mean, std = _mean_and_std(source, config, channels)
+    settled = replace(
+        config,
+        image_size=given or crop,
+        channels=channels,
+        crop="none",
+        hflip=config.hflip if config.hflip is not None else 0.5 if source.mirror else 0.0,
+        affine=(0.0, 0.0, 0.0),
+        color_jitter=config.color_jitter if config.color_jitter is not None else 0.5,
+        interpolation="bilinear",
+        crop_pct=1.0,
+        mean=tuple(mean),
+        std=tuple(std),
+        fill=config.fill if config.fill is not None else 0,
+        min_size=min_size,
+        max_size=max_size,
+        scale_jitter=config.scale_jitter or ((0.8, 1.25) if boxes else (0.5, 2.0)),
     )
     _check(settled)
     return settled
@@ -143,7 +219,7 @@ def build_transforms(
     settled: Any = settle(source, config)  # Any: none of its fields is None any more, which the type cannot tell
     if not train:
         evaluation = create_transform(
-            settled.image_size, interpolation=_fixed(config), crop_pct=settled.crop_pct, normalize=False
+            settled.image_size, interpolation=_fixed(settled), crop_pct=settled.crop_pct, normalize=False
         )
         return Transform(transforms.Compose(evaluation.transforms[:-1]), _identity, settled)
     try:
@@ -242,7 +318,7 @@ def _identity(image: Tensor) -> Tensor:
 
 
 def _fixed(config: TransformConfig) -> str:
-    return "bicubic" if config.interpolation == "random" else config.interpolation
+    return "bicubic" if config.interpolation in ("random", None) else str(config.interpolation)
 
 
 def _imagenet(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -281,5 +357,13 @@ def _check(config: TransformConfig) -> None:
             raise ValueError(f"{name}: got {len(value)} values, takes one for each of the {config.channels} channels")
     if config.std is not None and min(config.std) <= 0:
         raise ValueError(f"std: got {config.std}, takes values above 0")
+    for name in ("min_size", "max_size"):
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}: got {value!r}, takes a positive number of pixels")
+    if config.min_size is not None and config.max_size is not None and config.min_size > config.max_size:
+        raise ValueError(f"max_size: got {config.max_size}, takes at least min_size, {config.min_size}")
+    if config.scale_jitter is not None and not 0 < config.scale_jitter[0] <= config.scale_jitter[1]:
+        raise ValueError(f"scale_jitter: got {config.scale_jitter}, takes two factors, 0 < least <= greatest")
     if config.fill is not None and not 0 <= config.fill <= 255:
         raise ValueError(f"fill: got {config.fill}, takes a grey value from 0 to 255")
