@@ -25,9 +25,11 @@ def test_kernel_is_as_exact_as_plain_torch(sizes, seed, contiguous):
     arguments = inputs(*sizes[:3], 16 * sizes[3])
     if not contiguous:
         arguments[0] = arguments[0].transpose(1, 2).contiguous().transpose(1, 2)
-    exact = ops.gelu_depthwise(*(t.double() for t in arguments), backend="reference")
-    plain = ops.gelu_depthwise(*arguments, backend="reference")
-    fused = ops.gelu_depthwise(*arguments, backend="cpu")
+    offset = torch.randn(16 * sizes[3]) if seed % 2 else None
+    wide = None if offset is None else offset.double()
+    exact = ops.gelu_depthwise(*(t.double() for t in arguments), offset=wide, backend="reference")
+    plain = ops.gelu_depthwise(*arguments, offset=offset, backend="reference")
+    fused = ops.gelu_depthwise(*arguments, offset=offset, backend="cpu")
     budget = 2 * (plain - exact).abs().max() + 4 * torch.finfo(torch.float32).eps * exact.abs().max().clamp_min(1)
     assert (fused - exact).abs().max() <= budget
 
@@ -38,6 +40,17 @@ def test_wide_rows_and_many_channels():
     arguments = inputs(1, 35, 700, 48)
     want = ops.gelu_depthwise(*arguments, backend="reference")
     torch.testing.assert_close(ops.gelu_depthwise(*arguments, backend="cpu"), want, rtol=1e-5, atol=2e-5)
+
+
+def test_the_offset_is_a_bias_of_the_input():
+    torch.manual_seed(0)
+    x, *rest = inputs(1, 4, 5, 16)
+    offset = torch.randn(16)
+    for backend in ("cpu", "reference"):
+        want = ops.gelu_depthwise(x + offset, *rest, backend=backend)
+        torch.testing.assert_close(ops.gelu_depthwise(x, *rest, offset=offset, backend=backend), want)
+    with pytest.raises(ValueError, match="x and offset must agree in dim, got 16 and 8"):
+        ops.gelu_depthwise(x, *rest, offset=torch.randn(8))
 
 
 def test_extreme_values_stay_finite_and_right():
@@ -80,7 +93,9 @@ def test_operator_is_well_formed_compiles_and_counts():
 
     arguments = inputs(2, 5, 7, 32)
     torch.library.opcheck(
-        torch.ops.coterie.gelu_depthwise, tuple(arguments), test_utils=("test_schema", "test_faketensor")
+        torch.ops.coterie.gelu_depthwise,
+        (arguments[0], torch.randn(32), *arguments[1:]),
+        test_utils=("test_schema", "test_faketensor"),
     )
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         want = ops.gelu_depthwise(*arguments)

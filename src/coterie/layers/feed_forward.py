@@ -40,15 +40,20 @@ class InvertedResidualFeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch height width dim"]) -> Float[Tensor, "batch height width dim"]:
         """Apply the feed-forward network (without the block's own residual)."""
-        x = self.expand(x)
-        if x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled() and stands_still(self.norm1):
+        if self._fused(x):
             conv = self.depthwise
             assert conv.bias is not None
-            x = to_map(gelu_depthwise(x, *as_affine(self.norm1), conv.weight, conv.bias))
+            x, offset = F.linear(x, self.expand.weight), self.expand.bias
+            x = to_map(gelu_depthwise(x, *as_affine(self.norm1), conv.weight, conv.bias, offset=offset))
         else:
-            x = self.norm1(to_map(F.gelu(x)))
+            x = self.norm1(to_map(F.gelu(self.expand(x))))
             x = F.gelu(residual_depthwise(x, self.depthwise.weight, self.depthwise.bias))
         if stands_still(self.norm2, self.norm3):
             return F.linear(to_grid(x), *fold_around(self.norm2, self.project, self.norm3))
         x = self.project(to_grid(self.norm2(x)))
         return to_grid(self.norm3(to_map(x)))
+
+    def _fused(self, x: Tensor) -> bool:
+        """Whether the middle runs in one pass over memory: inference on the CPU in float32."""
+        plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return plain and not torch.is_grad_enabled() and stands_still(self.norm1)

@@ -30,9 +30,10 @@ def gelu_depthwise(
     weight: Float[Tensor, "dim 1 3 3"],
     bias: Float[Tensor, " dim"],
     *,
+    offset: Float[Tensor, " dim"] | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "batch height width dim"]:
-    """u = GELU(x) scale + shift; then GELU(u + conv3x3(u) + bias), one group per channel and zeros around u.
+    """u = GELU(x + offset) scale + shift; then GELU(u + conv3x3(u) + bias), one group per channel and zeros around u.
 
     The middle of CMT's inverted residual feed-forward (arXiv 2107.06263) with its first batch normalisation as
     `scale` and `shift`.
@@ -41,6 +42,7 @@ def gelu_depthwise(
         x: (batch, height, width, dim).
         scale, shift, bias: (dim,).
         weight: (dim, 1, 3, 3), the depthwise convolution's.
+        offset: (dim,), zeros if None: the bias of the linear layer before, which would else be a pass of its own.
         backend: "auto", "cpu" (C++, float32, no gradient) or "reference".
 
     Raises:
@@ -49,17 +51,22 @@ def gelu_depthwise(
     op = "gelu_depthwise"
     check.check_tensor(op, "x", x, "batch height width dim")
     dim = x.shape[3]
-    for name, value in (("scale", scale), ("shift", shift), ("bias", bias)):
+    if offset is None:
+        offset = torch.zeros_like(bias)
+    for name, value in (("scale", scale), ("shift", shift), ("bias", bias), ("offset", offset)):
         check.check_tensor(op, name, value, "dim")
         check.check_same(op, "dim", f"x and {name}", dim, value.shape[0])
     check.check_tensor(op, "weight", weight, "dim 1 3 3")
     check.check_same(op, "shape", "(dim, 1, 3, 3) and weight", (dim, 1, 3, 3), tuple(weight.shape))
-    for name, value in (("scale", scale), ("shift", shift), ("weight", weight), ("bias", bias)):
+    for name, value in (
+        ("scale", scale), ("shift", shift), ("weight", weight), ("bias", bias), ("offset", offset)
+    ):  # fmt: skip
         check.check_same(op, "device", f"x and {name}", x.device, value.device)
         check.check_same(op, "dtype", f"x and {name}", x.dtype, value.dtype)
-    if _OPERATION.choose(backend, _describe(x, scale, shift, weight, bias)) == "reference":
-        return reference.gelu_depthwise(x, scale, shift, weight, bias)
-    return torch.ops.coterie.gelu_depthwise(x, scale, shift, weight, bias)
+    arguments = (x, offset, scale, shift, weight, bias)
+    if _OPERATION.choose(backend, _describe(*arguments)) == "reference":
+        return reference.gelu_depthwise(*arguments)
+    return torch.ops.coterie.gelu_depthwise(*arguments)
 
 
 def _describe(x: Tensor, *others: Tensor, **_: Any) -> Call:
@@ -103,18 +110,20 @@ _OPERATION = register(
 )
 
 _library = torch.library.Library("coterie", "FRAGMENT")
-_library.define("gelu_depthwise(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor bias) -> Tensor")
+_library.define(
+    "gelu_depthwise(Tensor x, Tensor offset, Tensor scale, Tensor shift, Tensor weight, Tensor bias) -> Tensor"
+)
 
 
-def _run(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _run(x: Tensor, offset: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     library = _cpp.load(_SOURCE)
     assert library is not None, "the refusal has been asked before"
-    x, scale, shift, bias = x.contiguous(), scale.contiguous(), shift.contiguous(), bias.contiguous()
+    x, offset, scale, shift, bias = (t.contiguous() for t in (x, offset, scale, shift, bias))
     taps = weight.flatten(1).t().contiguous()
     taps[4] += 1
     y = torch.empty_like(x)
     sizes = [ctypes.c_int64(n) for n in x.shape]
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, scale, shift, taps, bias, y)]
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, offset, scale, shift, taps, bias, y)]
     if library.coterie_gelu_depthwise(*pointers, *sizes, ctypes.c_int(torch.get_num_threads())):
         raise MemoryError("gelu_depthwise: out of memory")
     return y
@@ -124,7 +133,7 @@ _library.impl("gelu_depthwise", _run, "CPU")
 
 
 @torch.library.register_fake("coterie::gelu_depthwise", lib=_library)
-def _(x, scale, shift, weight, bias):
+def _(x, offset, scale, shift, weight, bias):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

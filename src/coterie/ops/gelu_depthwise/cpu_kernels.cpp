@@ -1,6 +1,6 @@
 // GELU, scale and shift, identity + 3x3 depthwise convolution, GELU: five passes over memory in torch operators, one here.
 //
-// x and y are (batch, height, width, channels), packed. A few rows of a block of channels at a time: three rows of u = GELU(x) scale + shift,
+// x and y are (batch, height, width, channels), packed. A few rows of a block of channels at a time: three rows of u = GELU(x + offset) scale + shift,
 // with a column of zeros at either end, turn in a buffer that stays in the second-level cache.
 
 #include <algorithm>
@@ -58,8 +58,8 @@ inline void convolve(const float* const rows[3], const float* weight, i64 cb, i6
 
 // weight is (9, channels), its centre holding the identity too; channels are a multiple of 16.
 
-extern "C" int coterie_gelu_depthwise(const float* x, const float* scale, const float* shift, const float* weight, const float* bias, float* y,
-                                      i64 B, i64 H, i64 L, i64 C, int threads) {
+extern "C" int coterie_gelu_depthwise(const float* x, const float* offset, const float* scale, const float* shift, const float* weight,
+                                      const float* bias, float* y, i64 B, i64 H, i64 L, i64 C, int threads) {
     i64 cb = i64(BUFFER / (3 * sizeof(float) * std::size_t(L + 2))) / W * W;
     cb = std::min(C, std::max<i64>(cb, 2 * W));
     const i64 bands = (H + BAND - 1) / BAND, blocks = (C + cb - 1) / cb;
@@ -85,7 +85,7 @@ extern "C" int coterie_gelu_depthwise(const float* x, const float* scale, const 
                 if (r < 0 || r >= H) { std::fill(u, u + L * n, 0.0f); return; }
                 const float* in = x + ((b * H + r) * L) * C + c0;
                 for (i64 t = 0; t < L; ++t, in += C, u += n)
-                    for (i64 c = 0; c < n; c += W) at(u + c) = gelu(at(in + c)) * at(scale + c0 + c) + at(shift + c0 + c);
+                    for (i64 c = 0; c < n; c += W) at(u + c) = gelu(at(in + c) + at(offset + c0 + c)) * at(scale + c0 + c) + at(shift + c0 + c);
             };
             enter(from - 1);
             enter(from);

@@ -7,12 +7,13 @@ from torch import Tensor
 
 def gelu_depthwise(
     x: Float[Tensor, "batch height width dim"],
+    offset: Float[Tensor, " dim"],
     scale: Float[Tensor, " dim"],
     shift: Float[Tensor, " dim"],
     weight: Float[Tensor, "dim 1 3 3"],
     bias: Float[Tensor, " dim"],
 ) -> Float[Tensor, "batch height width dim"]:
-    """u = GELU(x) scale + shift; GELU(u + conv(u) + bias), with zeros around u."""
-    u = (F.gelu(x) * scale + shift).permute(0, 3, 1, 2)
+    """u = GELU(x + offset) scale + shift; GELU(u + conv(u) + bias), with zeros around u."""
+    u = (F.gelu(x + offset) * scale + shift).permute(0, 3, 1, 2)
     u = u + F.conv2d(u, weight, bias, padding=1, groups=weight.shape[0])
     return F.gelu(u).permute(0, 2, 3, 1)
