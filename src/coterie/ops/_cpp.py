@@ -84,7 +84,8 @@ def _build(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
 
 def _compile(cxx: str, source: Path) -> ctypes.CDLL:
     headers = Path(__file__).parent
-    code = source.read_text() + "".join(header.read_text() for header in sorted(headers.glob("*.h")))
+    included = [*sorted(headers.glob("*.h")), *sorted(source.parent.glob("*.h"))]
+    code = "".join(file.read_text() for file in (source, *included))
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     key = hashlib.sha256("\0".join([code, cxx, version, *_FLAGS, platform.machine(), _processor()]).encode())
     folder = cache_folder() / "kernels"
