@@ -26,8 +26,8 @@ def model() -> nn.Module:
 
 
 def test_unknown_task_is_named_with_its_neighbour() -> None:
-    assert list_tasks() == ["classification"]
-    with pytest.raises(ValueError, match=r"'classify', takes one of classification"):
+    assert {"classification", "semantic-segmentation"} <= set(list_tasks())
+    with pytest.raises(ValueError, match=r"'classify', takes one of .*did you mean classification"):
         create_task("classify", classes=CLASSES)
 
 

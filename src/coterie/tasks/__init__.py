@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""Tensors with one row per sample, or lists with one entry per sample."""
 
 
 class Task(Protocol):
@@ -16,9 +18,15 @@ class Task(Protocol):
 
     Attributes:
         summary: Name of the metric by which runs are compared; larger is better.
+        target: What a sample is labelled with: "class", "label_map" or "instances".
+        masks: Whether instances must come with their masks.
+        defaults: Dotted names of configuration fields, and what they are where the user leaves them open.
     """
 
     summary: str
+    target: ClassVar[str]
+    masks: ClassVar[bool]
+    defaults: ClassVar[dict[str, Any]]
 
     def build_model(self, config: Any, source: Any) -> nn.Module:
         """The model for `source`; `config` has `name`, `options` and `drop_path`."""
@@ -26,13 +34,19 @@ class Task(Protocol):
     def prepare_batch(self, batch: Batch) -> Batch:
         """What is done to a training batch on the device (mixup). Draws only from the global random generators."""
 
-    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """`loss`, the mean over the batch, and `output`, what the metrics take."""
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """`loss`, the mean over the batch, and `output`, what the metrics take.
+
+        In evaluation a task may leave `loss` out (detectors give none there).
+        """
+
+    def predict(self, model: nn.Module, batch: Batch) -> Any:
+        """`output` as `loss` gives it in evaluation, for a batch that need not hold the truth."""
 
     def metrics(self) -> Any:
-        """A fresh torchmetrics collection of everything that evaluation reports."""
+        """A fresh torchmetrics metric or collection of everything that evaluation reports."""
 
-    def update(self, metrics: Any, output: Tensor, batch: Batch) -> None:
+    def update(self, metrics: Any, output: Any, batch: Batch) -> None:
         """Add the output of one batch to the metrics."""
 
     def report(self, metrics: Any) -> dict[str, float]:
@@ -41,11 +55,11 @@ class Task(Protocol):
     def comment(self, metrics: Any) -> list[str]:
         """Sentences about the figures, for people."""
 
-    def collect(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """What is stored about each sample of the batch, first dimension the samples."""
+    def collect(self, output: Any, batch: Batch) -> dict[str, Tensor | np.ndarray]:
+        """What is stored about the batch: arrays with one common first dimension, and of it `indices`, the samples."""
 
-    def describe(self, output: Tensor) -> list[list[tuple[str, float]]]:
-        """For people: the answer for each sample, as (name, certainty) pairs, the most certain first."""
+    def answers(self, output: Any, batch: Batch) -> list[Any]:
+        """One plain object for each sample of the batch: what `coterie predict` says, draws and writes."""
 
 
 def _classification() -> type:
@@ -54,12 +68,48 @@ def _classification() -> type:
     return Classification
 
 
-_TASKS: dict[str, Callable[[], type]] = {"classification": _classification}
+def _semantic_segmentation() -> type:
+    from coterie.tasks.segmentation import SemanticSegmentation
+
+    return SemanticSegmentation
+
+
+def _object_detection() -> type:
+    from coterie.tasks.detection import ObjectDetection
+
+    return ObjectDetection
+
+
+def _instance_segmentation() -> type:
+    from coterie.tasks.detection import InstanceSegmentation
+
+    return InstanceSegmentation
+
+
+_TASKS: dict[str, Callable[[], type]] = {
+    "classification": _classification,
+    "semantic-segmentation": _semantic_segmentation,
+    "object-detection": _object_detection,
+    "instance-segmentation": _instance_segmentation,
+}
 
 
 def list_tasks() -> list[str]:
     """Names that `create_task` takes."""
     return sorted(_TASKS)
+
+
+def task_class(name: str) -> Any:
+    """The class behind a name, to read its `target` and `defaults` from before the data is opened.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in _TASKS:
+        close = difflib.get_close_matches(name, _TASKS, 1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"task: got {name!r}, takes one of {', '.join(list_tasks())}{hint}")
+    return _TASKS[name]()
 
 
 def create_task(name: str, *, classes: Sequence[str], augment: Any = None, **options: Any) -> Task:
@@ -72,15 +122,11 @@ def create_task(name: str, *, classes: Sequence[str], augment: Any = None, **opt
         options: Further keyword arguments of the task.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or an option's value that the task does not take.
         TypeError: an option that the task does not take.
     """
-    if name not in _TASKS:
-        close = difflib.get_close_matches(name, _TASKS, 1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"task: got {name!r}, takes one of {', '.join(list_tasks())}{hint}")
     values = augment if isinstance(augment, Mapping) else vars(augment) if augment is not None else {}
-    return _TASKS[name]()(classes, augment=values, **options)
+    return task_class(name)(classes, augment=values, **options)
 
 
-__all__ = ["Batch", "Task", "create_task", "list_tasks"]
+__all__ = ["Batch", "Task", "create_task", "list_tasks", "task_class"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ class Classification:
     """
 
     summary = "accuracy"
+    target: ClassVar[str] = "class"
+    masks: ClassVar[bool] = False
+    defaults: ClassVar[dict[str, Any]] = {"optim.lr": 1e-3, "train.epochs": 10, "train.batch_size": 64}
 
     def __init__(self, classes: Sequence[str], *, augment: Mapping[str, Any]) -> None:
         self.classes = list(classes)
@@ -67,10 +70,14 @@ class Classification:
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Mean cross-entropy over the batch in float32; smoothed in training only. `output` holds the logits."""
-        logits: Float[Tensor, "batch classes"] = model(batch["image"]).float()
-        target = batch.get("target", batch["label"])
+        logits = self.predict(model, batch)
+        target = batch["target"] if "target" in batch else batch["label"]
         smoothing = self.label_smoothing if model.training and "target" not in batch else 0.0
         return {"loss": functional.cross_entropy(logits, target, label_smoothing=smoothing), "output": logits}
+
+    def predict(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
+        """The logits, in float32."""
+        return model(batch["image"]).float()
 
     def metrics(self) -> Any:
         """Accuracy, mean accuracy over classes, confusion matrix; from five classes on accuracy within the top 5."""
@@ -122,6 +129,10 @@ class Classification:
             [(self.classes[label], probability) for label, probability in zip(labels, row, strict=True)]
             for labels, row in zip(order.tolist(), probabilities.tolist(), strict=True)
         ]
+
+    def answers(self, output: Float[Tensor, "batch classes"], batch: Batch) -> list[list[tuple[str, float]]]:
+        """As `describe`."""
+        return self.describe(output)
 
     def draw(self, axes: Any, image: Any, output: Float[Tensor, " classes"], label: int | None = None) -> None:
         """Draw a PIL image into matplotlib axes, titled with the answer, and with the true class where it differs."""

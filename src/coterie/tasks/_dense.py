@@ -1,0 +1,67 @@
+"""What the dense tasks share: the backbone that a configuration means, and pictures with classes in colours."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from coterie.models.backbone import Backbone
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+GOLDEN_RATIO = 0.618033988749895
+BACKGROUND_NAMES = ("background", "void", "unlabeled", "unlabelled")
+ROW = 18  # pixels of a line of the legend
+
+
+def build_backbone(config: Any, source: Any, *, frozen_batch_norm: bool) -> Backbone:
+    """The backbone `config.name` with `config.options` and `config.drop_path`, for the channels of `source`.
+
+    Raises:
+        ValueError: an unknown model, options it does not take, or one that has no four maps.
+    """
+    options = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    return Backbone(config.name, source.channels, frozen_batch_norm=frozen_batch_norm, **{**options, **config.options})
+
+
+def class_colors(classes: Sequence[str]) -> UInt8[np.ndarray, "classes 3"]:
+    """One colour per class, always the same: hues a golden ratio apart, in three brightnesses; background is black."""
+    colors = np.zeros((len(classes), 3), dtype=np.uint8)
+    for number, name in enumerate(classes):
+        if name.lower() in BACKGROUND_NAMES:
+            continue
+        lightness = (0.5, 0.38, 0.62)[number // 3 % 3]
+        red, green, blue = colorsys.hls_to_rgb(number * GOLDEN_RATIO % 1.0, lightness, 0.85)
+        colors[number] = [round(255 * part) for part in (red, green, blue)]
+    return colors
+
+
+def with_legend(image: Image.Image, entries: Sequence[tuple[str, Sequence[int]]]) -> Image.Image:
+    """The image above rows of colour patches with their names, as many to a row as fit its width."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    if not entries:
+        return image
+    font = ImageFont.load_default(12)
+    draw = ImageDraw.Draw(image)
+    places = []
+    x, row = 4, 0
+    for name, _ in entries:
+        width = int(draw.textlength(name, font=font)) + 28
+        if x > 4 and x + width > image.width:
+            x, row = 4, row + 1
+        places.append((x, row))
+        x += width
+    canvas = Image.new("RGB", (image.width, image.height + (row + 1) * ROW + 6), "white")
+    canvas.paste(image, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for (name, color), (x, row) in zip(entries, places, strict=True):
+        y = image.height + 4 + row * ROW
+        draw.rectangle((x, y + 2, x + 11, y + 13), fill=tuple(int(part) for part in color), outline="#555555")
+        draw.text((x + 16, y), name, fill="black", font=font)
+    return canvas
