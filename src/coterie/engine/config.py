@@ -288,7 +288,7 @@ def with_task_defaults(config: RunConfig) -> RunConfig:
     Raises:
         ValueError: an unknown task.
     """
-    from coterie.engine._interim import task_class
+    from coterie.tasks import task_class
 
     values = dataclasses.asdict(config)
     for dotted, value in task_class(config.task.name).defaults.items():

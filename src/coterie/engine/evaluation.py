@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from coterie.engine import _interim
 from coterie.engine.batches import select, to_device
 from coterie.engine.distributed import any_rank, make_accelerator
-from coterie.engine.inputs import WHOLE, BadSample, Reader, build_loader, match_source, open_source
+from coterie.engine.inputs import WHOLE, BadSample, Reader, build_loader, match_classes, open_source
 from coterie.engine.runs import LoadedRun, load_run
 from coterie.tasks import Batch, Task
 
@@ -133,7 +132,7 @@ def evaluate(
     source = open_source(config)
     if split not in source.splits:
         raise ValueError(f"split: got {split!r}; {source.name} has {', '.join(source.splits)}")
-    source = match_source(source, run.source)
+    source = match_classes(source, run.source.classes)
     accelerator = make_accelerator(config.train)
     model = run.model.to(accelerator.device)
     loader = build_loader(source, split, run.source, config, accelerator, train=False)
@@ -177,9 +176,7 @@ def predict(
         if images:
             batch = to_device(reader.batch(images), accelerator.device)
             with accelerator.autocast():
-                output = _interim.predict(run.task, model, batch)
-            for prediction, image, answers in zip(
-                readable, images, _interim.answers(run.task, output, batch), strict=True
-            ):
+                output = run.task.predict(model, batch)
+            for prediction, image, answers in zip(readable, images, run.task.answers(output, batch), strict=True):
                 prediction.answers, prediction.image = answers, None if whole else image
         yield from predictions

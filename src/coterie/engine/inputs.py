@@ -6,17 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from PIL import Image
 
-from coterie.data import BadSample, DataSource, ImageDataset, Loader
+from coterie.data import BadSample, DataSource, Loader, build_pipeline, match_classes, open_data
 from coterie.data.images import read_image
 from coterie.data.transforms import settle
-from coterie.engine._interim import batch_of, build_pipeline, open_data, task_class
 from coterie.engine.config import RunConfig, settled
 from coterie.engine.runs import SourceInfo
-from coterie.tasks import Batch
+from coterie.tasks import Batch, task_class
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,8 +27,16 @@ SMALL = 64
 
 def open_source(config: RunConfig) -> DataSource:
     """Open the data of a run, with the targets that its task needs. Raises as `open_data` does."""
-    target = task_class(config.task.name).target
-    return open_data(config.data.source, target=target, image_size=config.transform.image_size)
+    task = task_class(config.task.name)
+    source = open_data(
+        config.data.source,
+        target=task.target,
+        image_size=config.transform.image_size,
+        max_bad_share=config.data.max_bad_share,
+    )
+    if task.masks and not source.has_masks:
+        raise ValueError(f"{source.name} has boxes only and {config.task.name} needs masks; train a detector of boxes")
+    return source
 
 
 def settle_config(config: RunConfig, source: DataSource) -> RunConfig:
@@ -39,11 +45,7 @@ def settle_config(config: RunConfig, source: DataSource) -> RunConfig:
     Pictures with one label each keep their own size up to 224 x 224; for dense targets the transforms know better.
     """
     transform, model = config.transform, config.model
-    if (
-        getattr(source, "target", "class") == WHOLE
-        and transform.image_size is None
-        and max(source.native_size) > LARGEST_BY_DEFAULT
-    ):
+    if source.target == WHOLE and transform.image_size is None and max(source.native_size) > LARGEST_BY_DEFAULT:
         transform = dataclasses.replace(transform, image_size=LARGEST_BY_DEFAULT)
     if model.name is None:
         size = transform.image_size or source.native_size
@@ -54,9 +56,7 @@ def settle_config(config: RunConfig, source: DataSource) -> RunConfig:
 
 def source_info(source: DataSource, config: RunConfig) -> SourceInfo:
     """What the run remembers of its data, with everything settled that the configuration left open."""
-    return SourceInfo(
-        source.name, list(source.classes), settle(source, config.transform), getattr(source, "target", "class")
-    )
+    return SourceInfo(source.name, list(source.classes), settle(source, config.transform), source.target)
 
 
 def monitored_split(source: DataSource) -> str:
@@ -76,7 +76,7 @@ def build_loader(
     """The loader of this rank's share of one split (of all of it, without an accelerator); `train` augments."""
     return Loader(
         source.splits[split],
-        build_pipeline(None, info.transform, info.target, train),
+        build_pipeline(None, info.transform, info.target, train, masks=task_class(config.task.name).masks),
         batch_size=settled(config.train.batch_size, "train.batch_size"),
         seed=config.train.seed,
         rank=accelerator.process_index if accelerator else 0,
@@ -86,46 +86,6 @@ def build_loader(
         max_bad_share=config.data.max_bad_share,
         pin_memory=accelerator is not None and accelerator.device.type == "cuda",
     )
-
-
-def match_source(source: DataSource, info: SourceInfo) -> DataSource:
-    """`source` with its labels renumbered so that class names stand for what they stand for in the run.
-
-    Raises:
-        ValueError: a class that the run does not know.
-    """
-    unknown = [name for name in source.classes if name not in info.classes]
-    if unknown:
-        raise ValueError(
-            f"{source.name} has classes that the run was not trained on: {_some(unknown)}; "
-            f"it knows {_some(info.classes)}"
-        )
-    if list(source.classes) == info.classes:
-        return source
-    numbers = np.array([info.classes.index(name) for name in source.classes])
-    splits: dict[str, ImageDataset] = {name: _Renumbered(split, numbers) for name, split in source.splits.items()}
-    return dataclasses.replace(source, classes=list(info.classes), splits=splits)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-
-
-class _Renumbered(ImageDataset):
-    """A dataset with other numbers for its classes."""
-
-    def __init__(self, dataset: ImageDataset, numbers: np.ndarray) -> None:
-        self.dataset, self.channels, self.numbers = dataset, dataset.channels, numbers
-        self.labels = numbers[dataset.labels]
-
-    def read(self, index: int) -> bytes:
-        return self.dataset.read(index)
-
-    def name(self, index: int) -> str:
-        return self.dataset.name(index)
-
-    def image(self, index: int) -> Image.Image:
-        return self.dataset.image(index)
 
 
 class Reader:
@@ -141,7 +101,7 @@ class Reader:
 
     def batch(self, images: Sequence[Image.Image]) -> Batch:
         """The batch that the pipeline of evaluation makes of `images`."""
-        batch = batch_of(self._pipeline, list(images))
+        batch: Batch = self._pipeline.collate([self._pipeline(image, None) for image in images])
         return {**batch, "index": torch.arange(len(images))}
 
 
@@ -149,7 +109,7 @@ __all__ = [
     "BadSample",
     "Reader",
     "build_loader",
-    "match_source",
+    "match_classes",
     "monitored_split",
     "open_source",
     "settle_config",
