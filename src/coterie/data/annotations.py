@@ -10,6 +10,7 @@ Format: T.-Y. Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ class Instances:
             self.size, self.boxes[kept], self.labels[kept], self.crowd[kept], self.area[kept], segmentations
         )
 
-    @property
+    @functools.cached_property
     def masks(self) -> list[RLE] | None:
         """Run-length encoded masks, or None where the set has none. Raises BadAnnotation for one that is damaged."""
         if self.segmentations is None:
@@ -75,7 +76,7 @@ class Instances:
             raise BadAnnotation("the objects have boxes only, no masks")
         if not masks:
             return np.zeros((0, *self.size), dtype=np.uint8)
-        return np.ascontiguousarray(mask.decode(masks).transpose(2, 0, 1))
+        return mask.decode(masks).transpose(2, 0, 1)
 
 
 def no_instances(size: tuple[int, int], masks: bool) -> Instances:

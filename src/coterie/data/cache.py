@@ -28,8 +28,7 @@ _BLOCK = 1024
 class CachedImages(ImageDataset):
     """The pictures of another dataset, decoded once. `bad` holds the index of each that cannot be, with its BadSample.
 
-    Label maps are kept as well (as `maps`); instances are in memory in any case, and their masks are small as they
-    are. Worker processes that are forked share the memory.
+    The targets of a dense set are kept as well. Worker processes that are forked share the memory.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class CachedImages(ImageDataset):
         dataset: ImageDataset,
         pictures: list[np.ndarray | None],
         bad: dict[int, BadSample],
-        maps: list[np.ndarray | None] | None = None,
+        targets: list[Any] | None = None,
     ) -> None:
         self.dataset = dataset
         self.labels = dataset.labels
@@ -45,7 +44,7 @@ class CachedImages(ImageDataset):
         self.kind = dataset.kind
         self.pictures = pictures
         self.bad = bad
-        self.maps = maps
+        self.targets = targets
 
     def read(self, index: int) -> bytes:
         return self.dataset.read(index)
@@ -63,11 +62,11 @@ class CachedImages(ImageDataset):
         return Image.fromarray(picture)
 
     def target(self, index: int) -> Any:
-        if self.maps is None:
+        if self.targets is None:
             return self.dataset.target(index)
-        if self.maps[index] is None:
+        if self.targets[index] is None:
             raise self.bad[index]
-        return self.maps[index]
+        return self.targets[index]
 
 
 def decode_all(dataset: ImageDataset, max_bad: int, limit: int | None = None) -> CachedImages | None:
@@ -81,7 +80,7 @@ def decode_all(dataset: ImageDataset, max_bad: int, limit: int | None = None) ->
     """
     start, size = time.monotonic(), 0
     pictures: list[np.ndarray | None] = []
-    maps: list[np.ndarray | None] | None = [] if dataset.kind == "label_map" else None
+    targets: list[Any] | None = [] if dataset.kind != "class" else None
     bad: dict[int, BadSample] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata; what matters raises
@@ -89,27 +88,27 @@ def decode_all(dataset: ImageDataset, max_bad: int, limit: int | None = None) ->
             if isinstance(decoded, BadSample):
                 bad[len(pictures)] = decoded
                 decoded = (None, None)
-            size += sum(part.nbytes for part in decoded if part is not None)
+            size += sum(part.nbytes for part in decoded if isinstance(part, np.ndarray))
             pictures.append(decoded[0])
-            if maps is not None:
-                maps.append(decoded[1])
+            if targets is not None:
+                targets.append(decoded[1])
             if limit is not None and size > limit:
                 return None
             if len(bad) > max_bad:
                 break
     logger.info("decoded %d images into memory (%d MiB) in %.1f s", len(pictures), size >> 20, time.monotonic() - start)
-    return CachedImages(dataset, pictures, bad, maps)
+    return CachedImages(dataset, pictures, bad, targets)
 
 
-_Decoded = tuple[np.ndarray | None, np.ndarray | None]
+_Decoded = tuple[np.ndarray | None, Any]
 
 
 def _decode(dataset: ImageDataset) -> Iterator[_Decoded | BadSample]:
-    """Each picture, and its label map in a set that has them."""
+    """Each picture, and its target in a dense set."""
 
     def decode(index: int) -> _Decoded | BadSample:
         try:
-            return np.asarray(dataset.image(index)), dataset.target(index) if dataset.kind == "label_map" else None
+            return np.asarray(dataset.image(index)), dataset.target(index) if dataset.kind != "class" else None
         except BadSample as error:
             return error
 

@@ -113,8 +113,8 @@ class DigitScenes(ImageDataset):
             scene[rows, columns] += ink[..., None] * (colour - scene[rows, columns])
             labels.append(int(self.digit_labels[chosen]))
             owner[rows, columns][covered] = len(labels)
-        noise = rng.normal(0, 4, scene.shape)
-        return np.clip(scene + noise, 0, 255).astype(np.uint8), owner, labels
+        scene += 4 * rng.standard_normal(scene.shape, dtype=np.float32)
+        return scene.clip(0, 255).astype(np.uint8), owner, labels
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
         height, width = self.size
@@ -128,12 +128,12 @@ class DigitScenes(ImageDataset):
         cut = photograph.resize((width, height), Image.Resampling.BILINEAR, box=box)
         if rng.random() < 0.5:
             cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(cut, dtype=np.float32) * float(rng.uniform(0.6, 1.0))
+        return np.asarray(cut, dtype=np.float32) * np.float32(rng.uniform(0.6, 1.0))
 
 
 def _ink(digit: np.ndarray, side: int, degrees: float) -> np.ndarray:
     """A digit drawn at `side` pixels and turned, cut to what is inked: opacity from 0 to 1."""
-    image = Image.fromarray(np.round(digit * 255).astype(np.uint8))
+    image = Image.fromarray(np.pad(np.round(digit * 255).astype(np.uint8), 1))  # strokes reach the edge
     image = image.resize((side, side), Image.Resampling.BICUBIC)
     image = image.rotate(degrees, Image.Resampling.BILINEAR, expand=True)
     ink = np.clip((np.asarray(image, dtype=np.float32) / 255 - 0.25) / 0.35, 0, 1)

@@ -58,16 +58,17 @@ class ClassPipeline(Pipeline):
         self.transform = transform
 
     def __call__(self, image: Image.Image, target: Any) -> Row:
-        return {"image": self.transform(image), "label": target}
+        row = {"image": self.transform(image)}
+        return row if target is None else {**row, "label": target}
 
     def blank(self, row: Row) -> Row:
         return {**super().blank(row), "label": PADDING}
 
     def collate(self, rows: Sequence[Row]) -> Batch:
-        return {
-            "image": torch.stack([row["image"] for row in rows]),
-            "label": torch.tensor([row["label"] for row in rows], dtype=torch.int64),
-        }
+        batch = {"image": torch.stack([row["image"] for row in rows])}
+        if "label" in rows[0]:
+            batch["label"] = torch.tensor([row["label"] for row in rows], dtype=torch.int64)
+        return batch
 
 
 class DensePipeline(Pipeline):
@@ -169,7 +170,8 @@ class InstancesPipeline(DensePipeline):
             if self.masks:
                 row["truth"]["masks"] = target.masks
             return self.finish(row, self.joint({"image": pixels})["image"])
-        target = target[~target.crowd]
+        if target.crowd.any():
+            target = target[~target.crowd]
         moved = {"image": pixels, "boxes": torch.from_numpy(target.boxes)}
         if self.masks:
             moved["masks"] = torch.from_numpy(target.decode())
