@@ -18,8 +18,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from coterie.data.dense import MAX_BAD_SHARE, InstanceTable, assemble_dense
+from coterie.data.dense import MAX_BAD_SHARE, assemble_dense
 from coterie.data.images import BadSample, printable, read_header
+from coterie.data.instances import InstanceTable
 from coterie.data.source import DataSource, ImageDataset, split_of
 from coterie.data.stores import Folder, Store, Tar, find_store
 

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coterie.data.annotations import IGNORE
-from coterie.data.dense import MAX_BAD_SHARE, InstanceTable, LabelMapImages, assemble_dense, read_values
+from coterie.data.dense import MAX_BAD_SHARE, assemble_dense
 from coterie.data.images import BadSample, read_header
-from coterie.data.maps import class_names, drop_ignored, value_table
+from coterie.data.instances import InstanceTable
+from coterie.data.label_maps import LabelMapImages, class_names, sample_values, settle_values
 from coterie.data.parquet import ArrowImages, choose_column, features_of, image_columns, open_tables
-from coterie.data.randomness import permutation
 from coterie.data.source import DataSource, ImageDataset
 from coterie.data.stores import Store
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("coterie.data")
 
 _USUAL_MAPS = ("label", "labels", "mask", "annotation", "segmentation", "label_map", "semantic_segmentation", "seg")
-_GUESSED = 64
 
 
 class _Rows(Store):
@@ -66,17 +64,14 @@ def open_map_parquet(
         split: [_Rows(_images(table.column(column), origins[split], folder)) for column in table.column_names]
         for split, table in tables.items()
     }
-    train_maps = stores["train"][1]
-    stated = class_names(folder)
-    if stated is None:
-        stated = [str(value) for value in range(_highest(train_maps, len(train_maps.images)) + 1)]
-    classes, numbers = drop_ignored(stated, ignore, name)
-    table = value_table(numbers)
+    maps = stores["train"][1].images
+    sample = sample_values(len(maps), maps.read, maps.name)
+    classes, table = settle_values(name, class_names(folder), ignore, sample)
     splits: dict[str, ImageDataset] = {
         split: LabelMapImages(
-            pictures, maps, [(str(row), str(row)) for row in range(len(pictures.images))], len(classes), table
+            pictures, labels, [(str(row), str(row)) for row in range(len(pictures.images))], len(classes), table
         )
-        for split, (pictures, maps) in stores.items()
+        for split, (pictures, labels) in stores.items()
     }
     return assemble_dense(name, classes, splits)
 
@@ -179,16 +174,3 @@ def _class_label(feature: Any) -> list[str] | None:
 
 def _images(column: pyarrow.ChunkedArray, origins: Mapping[str, int], folder: Path) -> ArrowImages:
     return ArrowImages(column, np.full(len(column), -1, dtype=np.int64), origins, folder)
-
-
-def _highest(maps: _Rows, count: int) -> int:
-    highest = -1
-    for row in permutation(count, 0)[:_GUESSED]:
-        try:
-            values = read_values(maps.read(str(row)), maps.path(str(row)))
-        except (BadSample, OSError):
-            continue  # the Loader reports it when its turn comes
-        highest = max(highest, int(values[values != IGNORE].max(initial=-1)))
-    if highest < 0 or highest >= IGNORE - 1:
-        raise ValueError(f"{maps.path('0')}: label values run to {highest}; put a classes.json beside the files")
-    return highest

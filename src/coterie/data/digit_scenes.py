@@ -61,14 +61,14 @@ class DigitScenes(ImageDataset):
         self.key, self.size, self.kind = key, size, kind
         self.labels = np.full(count, -1, dtype=np.int64)
         # The picture and its target are asked for one after the other.
-        self._scene = functools.lru_cache(maxsize=4)(self._draw)
+        self._scene = functools.lru_cache(maxsize=16)(self._draw)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_scene"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._scene = functools.lru_cache(maxsize=4)(self._draw)
+        self._scene = functools.lru_cache(maxsize=16)(self._draw)
 
     def read(self, index: int) -> bytes:
         return self._scene(index)[0].tobytes()

@@ -15,18 +15,25 @@ how many there are. Classes called unlabelled, void, ignore and the like are ign
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from coterie.data.annotations import IGNORE
-from coterie.data.dense import LabelMapImages, assemble_dense, read_values
-from coterie.data.images import EXTENSIONS, BadSample, printable
-from coterie.data.randomness import permutation
+from coterie.data.dense import MAX_BAD_SHARE, Problems, assemble_dense
+from coterie.data.images import EXTENSIONS, printable
+from coterie.data.label_maps import (
+    LabelMapImages,
+    Table,
+    class_names,
+    drop_ignored,
+    sample_values,
+    settle_values,
+    value_table,
+)
 from coterie.data.source import DataSource, ImageDataset, split_of
 from coterie.data.stores import Folder
 
@@ -46,11 +53,6 @@ MAP_FOLDERS = (
 _MAP_ENDINGS = re.compile(
     r"([-_]?(gtFine_labelTrainIds|gtFine_labelIds|leftImg8bit|labelTrainIds|labelIds|labels?|masks?|annot|seg|gt|L|P))$"
 )
-IGNORED_NAMES = frozenset(
-    {"unlabelled", "unlabeled", "void", "ignore", "ignored", "unknown", "don't care", "dontcare", "undefined"}
-)
-_GUESSED = 64
-
 # fmt: off
 CITYSCAPES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
@@ -61,7 +63,7 @@ CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 
 """The labelIds of the 19 classes that are evaluated, in the order of their train ids."""
 
 
-def open_maps(path: str, ignore: str | None = None) -> DataSource:
+def open_maps(path: str, ignore: str | None = None, *, max_bad_share: float = MAX_BAD_SHARE) -> DataSource:
     """Open a folder of pictures and label maps.
 
     Args:
@@ -70,7 +72,8 @@ def open_maps(path: str, ignore: str | None = None) -> DataSource:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no layout of the above, a picture without a label map, or classes that cannot be told.
+        ValueError: no layout of the above, too many pictures without a label map or the reverse, or classes that
+            cannot be told.
     """
     root = Path(path).expanduser()
     shown = f"maps:{printable(root)}"
@@ -84,7 +87,7 @@ def open_maps(path: str, ignore: str | None = None) -> DataSource:
         )
     if "train" not in folders:
         raise ValueError(f"{shown}: no training images, only {', '.join(folders)}")
-    pairs = {split: _pair(*pair) for split, pair in folders.items()}
+    pairs = {split: _pair(*pair, max_bad_share) for split, pair in folders.items()}
     maps = {split: (folders[split], members) for split, members in pairs.items() if members}
     if "train" not in maps:
         raise ValueError(f"{printable(folders['train'][0])}: no pictures")
@@ -137,8 +140,8 @@ def find_folders(root: Path) -> dict[str, tuple[Path, Path]]:
     return found
 
 
-def _pair(images: Path, labels: Path) -> list[tuple[str, str]]:
-    """Names of each picture and of its label map. Raises ValueError for a picture without one, and the other way."""
+def _pair(images: Path, labels: Path, max_bad_share: float) -> list[tuple[str, str]]:
+    """Names of each picture and of its label map; those without the other are skipped and reported."""
     by_key: dict[str, str] = {}
     for name in _pictures(labels):
         stem = os.path.splitext(name)[0]
@@ -147,18 +150,18 @@ def _pair(images: Path, labels: Path) -> list[tuple[str, str]]:
         key = _MAP_ENDINGS.sub("", stem)
         if key not in by_key or stem.endswith("labelTrainIds"):
             by_key[key] = name
+    problems = Problems(printable(labels))
     pairs = []
     for name in _pictures(images):
         stem = os.path.splitext(name)[0]
         label = by_key.pop(stem, None) or by_key.pop(_MAP_ENDINGS.sub("", stem), None)
         if label is None:
-            raise ValueError(f"{printable(images / name)}: no label map of that name in {printable(labels)}")
-        pairs.append((name, label))
-    if by_key:
-        odd = next(iter(by_key.values()))
-        raise ValueError(
-            f"{printable(labels / odd)}: a label map without a picture in {printable(images)} ({len(by_key)} such)"
-        )
+            problems.skip(printable(images / name), f"no label map of that name in {printable(labels)}")
+        else:
+            pairs.append((name, label))
+    for label in by_key.values():
+        problems.skip(printable(labels / label), f"a label map without a picture in {printable(images)}")
+    problems.check(len(pairs) + len(problems.skipped), max_bad_share)
     return pairs
 
 
@@ -174,9 +177,6 @@ def _pictures(folder: Path) -> list[str]:
     return sorted(names)
 
 
-Table = np.ndarray | Mapping[tuple[int, int, int], int]
-
-
 def find_classes(root: Path, maps: Sequence[Path], ignore: str | None) -> tuple[list[str], Table]:
     """Names of the classes, and what each stored value means (see LabelMapImages)."""
     colours = _colours(root)
@@ -190,59 +190,11 @@ def find_classes(root: Path, maps: Sequence[Path], ignore: str | None) -> tuple[
         table = np.full(256, IGNORE, dtype=np.uint8)
         table[list(CITYSCAPES_IDS)] = np.arange(19)
         return list(CITYSCAPES), table
-    shift = 0
-    stated = class_names(root)
+    stated, first = class_names(root), 0
     if stated is None and (stated := _ade20k(root)) is not None:
-        shift = 1  # value 0 is "other objects"
-    if stated is None:
-        stated = [str(value) for value in range(_highest(maps) + 1)]
-    classes, numbers = drop_ignored(stated, ignore, str(root))
-    return classes, value_table(np.concatenate([np.full(shift, IGNORE), numbers]))
-
-
-def value_table(numbers: np.ndarray) -> np.ndarray:
-    """Class number by stored value; 255 is ignored, further values are errors."""
-    table = np.full(256, IGNORE - 1, dtype=np.uint8)  # no set has a class of that number
-    table[: len(numbers)] = numbers
-    table[IGNORE] = IGNORE
-    return table
-
-
-def drop_ignored(names: Sequence[str], ignore: str | None, where: str) -> tuple[list[str], np.ndarray]:
-    """The classes that count, and for each of `names` its number among them, or IGNORE.
-
-    Raises:
-        ValueError: `ignore` names no class.
-    """
-    asked = {part.strip() for part in (ignore or "").split(",") if part.strip()}
-    known = {*names, *(str(value) for value in range(len(names)))}
-    if asked - known:
-        raise ValueError(
-            f"{where}: ignore: no class {sorted(asked - known)[0]!r}; the classes are {', '.join(names[:20])}"
-        )
-    kept = [
-        name
-        for value, name in enumerate(names)
-        if name not in asked and str(value) not in asked and name.lower() not in IGNORED_NAMES
-    ]
-    return kept, np.array([kept.index(name) if name in kept else IGNORE for name in names])
-
-
-def class_names(folder: Path) -> list[str] | None:
-    """Names in classes.json (a list) or classes.txt (one a line, also codes.txt), or None."""
-    file = folder / "classes.json"
-    if file.is_file():
-        try:
-            names = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{printable(file)}: not a json file: {error}") from error
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{printable(file)}: takes a list of names")
-        return names
-    for file in (folder / "classes.txt", folder / "codes.txt"):
-        if file.is_file():
-            return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return None
+        first = 1  # value 0 is "other objects"
+    sample = sample_values(len(maps), lambda index: maps[index].read_bytes(), lambda index: printable(maps[index]))
+    return settle_values(str(root), stated, ignore, sample, first)
 
 
 def _colours(root: Path) -> dict[str, tuple[int, int, int]]:
@@ -267,22 +219,3 @@ def _ade20k(root: Path) -> list[str] | None:
         return None
     lines = file.read_text(encoding="utf-8").splitlines()[1:]
     return [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
-
-
-def _highest(maps: Sequence[Path]) -> int:
-    """The highest class number in a sample of label maps."""
-    highest = -1
-    for index in permutation(len(maps), 0)[:_GUESSED]:
-        try:
-            values = read_values(maps[index].read_bytes(), printable(maps[index]))
-        except (BadSample, OSError):
-            continue  # the Loader reports it when its turn comes
-        if values.ndim == 3:
-            raise ValueError(
-                f"{printable(maps[index])}: a label map in colours; put a class_dict.csv (name,r,g,b) beside the "
-                "folders"
-            )
-        highest = max(highest, int(values[values != IGNORE].max(initial=-1)))
-    if highest < 0:
-        raise ValueError(f"{printable(maps[0].parent)}: no class in any of the label maps looked at")
-    return highest

@@ -37,6 +37,7 @@ class Renumbered(ImageDataset):
 
     def __init__(self, dataset: ImageDataset, numbers: np.ndarray) -> None:
         self.dataset, self.channels, self.kind = dataset, dataset.channels, dataset.kind
+        self.has_masks = dataset.has_masks
         self.numbers = numbers
         self.labels = numbers[dataset.labels] if dataset.kind == "class" else dataset.labels
 

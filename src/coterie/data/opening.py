@@ -122,7 +122,7 @@ def _open_dense(
     if kind == "maps":
         from coterie.data.maps import open_maps
 
-        return open_maps(place, **options)
+        return open_maps(place, **options, max_bad_share=max_bad_share)
     from coterie.data.dense_parquet import open_instance_parquet, open_map_parquet
 
     if target == "label_map":

@@ -59,12 +59,14 @@ class ImageDataset(ABC):
     """Labelled pictures by number. `dataset[i]` is a Sample, or raises BadSample; `labels` is known without decoding.
 
     Subclasses give `read` and `name`. `channels` (1 or 3) is set when a DataSource is assembled. Datasets whose
-    `kind` is another of TARGETS than "class" give `target` as well; their `labels` are -1.
+    `kind` is another of TARGETS than "class" give `target` as well; their `labels` are -1. `has_masks` says of
+    instances that they have masks besides boxes.
     """
 
     labels: Int64[np.ndarray, " samples"]
     channels: int = 3
     kind: str = "class"
+    has_masks: bool = False
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -117,7 +119,7 @@ class Subset(ImageDataset):
         self.dataset = dataset
         self.indices = indices
         self.labels = dataset.labels[indices]
-        self.kind = dataset.kind
+        self.kind, self.has_masks = dataset.kind, dataset.has_masks
 
     @property
     def channels(self) -> int:  # type: ignore[override]
@@ -174,7 +176,9 @@ class DataSource:
         counts = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
         height, width = self.native_size
         colour = "grey" if self.channels == 1 else "RGB"
-        return f"{self.name}: {len(self.classes)} classes, {counts} images, {width}x{height} {colour}"
+        what = {"label_map": " with label maps", "instances": " with masks" if self.has_masks else " with boxes"}
+        pictures = f"{counts} images{what.get(self.target, '')}"
+        return f"{self.name}: {len(self.classes)} classes, {pictures}, {width}x{height} {colour}"
 
     def statistics(self, channels: int | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel, pixels from 0 to 1, over a fixed sample of the train split.
@@ -236,7 +240,7 @@ def assemble(
         if not len(held_out):
             raise ValueError(f"{name}: {len(kept)} images and no test split: too few to hold any out")
         splits["train"], splits["test"] = Subset(splits["train"], kept), Subset(splits["train"], held_out)
-    headers = _sample_headers(name, splits["train"])
+    headers = sample_headers(name, splits["train"])
     channels = 1 if all(header.grey for header in headers) else 3
     for split in splits.values():
         split.channels = channels
@@ -289,7 +293,8 @@ def _check_empty_classes(name: str, classes: Sequence[str], train: ImageDataset)
         raise ValueError(f"{name}: {len(empty)} of {len(classes)} classes without a training image: {shown}")
 
 
-def _sample_headers(name: str, train: ImageDataset) -> list[Header]:
+def sample_headers(name: str, train: ImageDataset) -> list[Header]:
+    """Headers of a fixed sample of pictures. Raises ValueError when none of them can be read."""
     headers, first_bad = [], None
     for index in permutation(len(train), 0)[:HEADERS_SAMPLED]:
         try:

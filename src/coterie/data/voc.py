@@ -19,9 +19,10 @@ from xml.parsers import expat
 
 import numpy as np
 
-from coterie.data.dense import MAX_BAD_SHARE, InstanceTable, LabelMapImages, assemble_dense
+from coterie.data.dense import MAX_BAD_SHARE, assemble_dense
 from coterie.data.images import EXTENSIONS, BadSample, printable, read_header
-from coterie.data.maps import value_table
+from coterie.data.instances import InstanceTable
+from coterie.data.label_maps import LabelMapImages, value_table
 from coterie.data.source import DataSource, ImageDataset, split_of
 from coterie.data.stores import Folder
 
