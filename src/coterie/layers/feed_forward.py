@@ -7,13 +7,14 @@ Guo et al., "CMT: Convolutional Neural Networks Meet Vision Transformers", arXiv
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from coterie.layers.batch_norm import as_affine, fold_around, stands_still
 from coterie.layers.depthwise import residual_depthwise
 from coterie.layers.layout import to_grid, to_map
+from coterie.layers.padding import batch_norm
 from coterie.ops import gelu_depthwise
 
 
@@ -38,20 +39,26 @@ class InvertedResidualFeedForward(nn.Module):
         self.project = nn.Linear(hidden_dim, dim, **dd)
         self.norm3 = nn.BatchNorm2d(dim, **dd)
 
-    def forward(self, x: Float[Tensor, "batch height width dim"]) -> Float[Tensor, "batch height width dim"]:
-        """Apply the feed-forward network (without the block's own residual)."""
-        if self._fused(x):
+    def forward(
+        self, x: Float[Tensor, "batch height width dim"], mask: Bool[Tensor, "batch height width"] | None = None
+    ) -> Float[Tensor, "batch height width dim"]:
+        """Apply the feed-forward network (without the block's own residual).
+
+        With a mask (True = a real token) padding changes nothing inside: the depthwise convolution reads zeros there,
+        and the statistics of the batch normalisations leave it out.
+        """
+        if mask is None and self._fused(x):
             conv = self.depthwise
             assert conv.bias is not None
             x, offset = F.linear(x, self.expand.weight), self.expand.bias
             x = to_map(gelu_depthwise(x, *as_affine(self.norm1), conv.weight, conv.bias, offset=offset))
         else:
-            x = self.norm1(to_map(F.gelu(self.expand(x))))
+            x = batch_norm(self.norm1, to_map(F.gelu(self.expand(x))), mask)
             x = F.gelu(residual_depthwise(x, self.depthwise.weight, self.depthwise.bias))
         if stands_still(self.norm2, self.norm3):
             return F.linear(to_grid(x), *fold_around(self.norm2, self.project, self.norm3))
-        x = self.project(to_grid(self.norm2(x)))
-        return to_grid(self.norm3(to_map(x)))
+        x = self.project(to_grid(batch_norm(self.norm2, x, mask)))
+        return to_grid(batch_norm(self.norm3, to_map(x), mask))
 
     def _fused(self, x: Tensor) -> bool:
         """Whether the middle runs in one pass over memory: inference on the CPU in float32."""

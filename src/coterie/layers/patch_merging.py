@@ -1,9 +1,10 @@
 """Overlapping patch merging, before each stage of a pyramid (CSWin, DGT): a strided 3x3 convolution and a LayerNorm."""
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from coterie.layers.layout import to_grid
+from coterie.layers.padding import zero_padding
 
 
 class ConvMerging(nn.Module):
@@ -17,6 +18,8 @@ class ConvMerging(nn.Module):
         self.conv = nn.Conv2d(in_dim, out_dim, 3, stride, padding=1, device=device, dtype=dtype)
         self.norm = nn.LayerNorm(out_dim, eps=1e-6, device=device, dtype=dtype)
 
-    def forward(self, x: Float[Tensor, "batch in_dim height width"]) -> Float[Tensor, "batch rows columns out_dim"]:
-        """Merge patches into tokens."""
-        return self.norm(to_grid(self.conv(x)))
+    def forward(
+        self, x: Float[Tensor, "batch in_dim height width"], mask: Bool[Tensor, "batch height width"] | None = None
+    ) -> Float[Tensor, "batch rows columns out_dim"]:
+        """Merge patches into tokens. With a mask (True = real) padding is taken for zeros, as it is beyond the map."""
+        return self.norm(to_grid(self.conv(zero_padding(x, mask))))

@@ -4,12 +4,13 @@ Chu et al., "Conditional Positional Encodings for Vision Transformers", arXiv 21
 2107.06263. It fits any input size, since nothing in it belongs to a position.
 """
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from coterie.layers.depthwise import residual_depthwise
 from coterie.layers.layout import to_grid, to_map
+from coterie.layers.padding import zero_padding
 
 
 @register_notrace_module  # looks at the dtype of its input, which torch.fx cannot follow
@@ -23,6 +24,8 @@ class ConditionalPositionEncoding(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
-    def forward(self, x: Float[Tensor, "batch height width dim"]) -> Float[Tensor, "batch height width dim"]:
-        """Add the encoding."""
-        return to_grid(residual_depthwise(to_map(x), self.conv.weight, self.conv.bias))
+    def forward(
+        self, x: Float[Tensor, "batch height width dim"], mask: Bool[Tensor, "batch height width"] | None = None
+    ) -> Float[Tensor, "batch height width dim"]:
+        """Add the encoding. With a mask (True = a real token) padding is taken for zeros, as it is beyond the grid."""
+        return to_grid(residual_depthwise(zero_padding(to_map(x), mask), self.conv.weight, self.conv.bias))

@@ -2,8 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from coterie.layers.padding import batch_norm, strided, zero_padding
 
 
 class ConvStem(nn.Module):
@@ -27,9 +29,15 @@ class ConvStem(nn.Module):
         self.conv3 = nn.Conv2d(width, width, 3, padding=1, **dd)
         self.norm3 = nn.BatchNorm2d(width, **dd)
 
-    def forward(self, x: Float[Tensor, "batch in_chans height width"]) -> Float[Tensor, "batch width rows columns"]:
-        """Apply the stem. Only the image, the smallest tensor, is copied to channels-last; the rest stays so."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        x = self.norm1(F.gelu(self.conv1(x)))
-        x = self.norm2(F.gelu(self.conv2(x)))
-        return self.norm3(F.gelu(self.conv3(x)))
+    def forward(
+        self, x: Float[Tensor, "batch in_chans height width"], mask: Bool[Tensor, "batch height width"] | None = None
+    ) -> Float[Tensor, "batch width rows columns"]:
+        """Apply the stem. Only the image, the smallest tensor, is copied to channels-last; the rest stays so.
+
+        With a mask (True = a real pixel) padding changes nothing inside, and the output is zero there.
+        """
+        x = zero_padding(x.contiguous(memory_format=torch.channels_last), mask)
+        mask = strided(mask, self.conv1.stride[0])
+        x = batch_norm(self.norm1, F.gelu(self.conv1(x)), mask)
+        x = batch_norm(self.norm2, F.gelu(self.conv2(x)), mask)
+        return batch_norm(self.norm3, F.gelu(self.conv3(x)), mask)

@@ -1,5 +1,6 @@
 """The architectures. Importing this package registers the vision models with timm, for `timm.create_model`."""
 
+from coterie.models import dgt_sizes as dgt_sizes  # registers them
 from coterie.models._registry import create_model, list_models
 from coterie.models.dgt import DynamicGroupTransformer
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 
@@ -29,6 +30,21 @@ def check_images(x: Tensor, in_chans: int) -> Tensor:
     if x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"images must have at least one pixel, got shape {tuple(x.shape)}")
     return x
+
+
+@register_notrace_function
+def check_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """`mask`, if there is none or it tells of every pixel of the images `x` whether it is real."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor (True = a real pixel), got {got}")
+    if mask.shape != (x.shape[0], *x.shape[2:]):
+        raise ValueError(
+            f"mask must have shape (batch, height, width) = {(x.shape[0], *x.shape[2:])}, got {tuple(mask.shape)}"
+        )
+    return mask
 
 
 def check_count(name: str, value: Any, least: int) -> None:

@@ -21,21 +21,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from jaxtyping import Bool, Float
 from timm.layers import DropPath, get_device_dtype, register_notrace_module, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, named_apply
+from timm.models import checkpoint_seq, named_apply
 from torch import Tensor, nn
 
 from coterie.attention import create_attention
 from coterie.layers import ConditionalPositionEncoding, ConvHead, ConvMerging, ConvStem, InvertedResidualFeedForward
 from coterie.layers.layout import to_grid, to_map
+from coterie.layers.padding import strided
 from coterie.models._attention_plan import Options, plan_attention
-from coterie.models._checks import check_count, check_images, check_pyramid, stage_indices
-from coterie.models._registry import register_vision_model
+from coterie.models._checks import check_count, check_images, check_mask, check_pyramid, stage_indices
 
 __all__ = ["DynamicGroupTransformer", "DynamicGroupTransformerBlock", "DynamicGroupTransformerStage"]
 
+STAGE_STRIDE = 2
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
@@ -79,14 +79,16 @@ class DynamicGroupTransformerBlock(nn.Module):
         self.mlp = InvertedResidualFeedForward(dim, int(dim * mlp_ratio), **dd)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "batch height width dim"]) -> Float[Tensor, "batch height width dim"]:
-        """Apply the block."""
-        x = self.position(x)
+    def forward(
+        self, x: Float[Tensor, "batch height width dim"], mask: Bool[Tensor, "batch height width"] | None = None
+    ) -> Float[Tensor, "batch height width dim"]:
+        """Apply the block. With a mask (True = a real token) padding changes nothing at the other tokens."""
+        x = self.position(x, mask)
         if self.post_norm:
-            x = x + self.drop_path(self.norm1(self.attn(x)))
-            return x + self.drop_path(self.norm2(self.mlp(x)))
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+            x = x + self.drop_path(self.norm1(self.attn(x, mask=mask)))
+            return x + self.drop_path(self.norm2(self.mlp(x, mask)))
+        x = x + self.drop_path(self.attn(self.norm1(x), mask=mask))
+        return x + self.drop_path(self.mlp(self.norm2(x), mask))
 
 
 class DynamicGroupTransformerStage(nn.Module):
@@ -110,6 +112,7 @@ class DynamicGroupTransformerStage(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
+        self.stride = stride
         self.downsample = ConvMerging(in_dim, dim, stride=stride, **dd)
         self.blocks = nn.Sequential(
             *(
@@ -118,10 +121,20 @@ class DynamicGroupTransformerStage(nn.Module):
             )
         )
 
-    def forward(self, x: Float[Tensor, "batch in_dim height width"]) -> Float[Tensor, "batch dim rows columns"]:
-        """Apply the stage."""
-        x = self.downsample(x)
-        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+    def forward(
+        self, x: Float[Tensor, "batch in_dim height width"], mask: Bool[Tensor, "batch height width"] | None = None
+    ) -> Float[Tensor, "batch dim rows columns"]:
+        """Apply the stage; `mask` belongs to the input."""
+        x = self.downsample(x, mask)
+        mask = strided(mask, self.stride)
+        if mask is None:
+            x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+            return to_map(x)
+        blocks = [partial(block, mask=mask) for block in self.blocks]
+        if self.grad_checkpointing:
+            return to_map(checkpoint_seq(blocks, x))
+        for block in blocks:
+            x = block(x)
         return to_map(x)
 
 
@@ -179,6 +192,7 @@ class DynamicGroupTransformer(nn.Module):
         self.num_classes = num_classes
         self.drop_rate = drop_rate
         self.feature_info: list[dict[str, Any]] = []
+        self.stem_stride = stem_stride
 
         self.stem = ConvStem(in_chans, dims[0] // 2, stride=stem_stride, **dd)
         rates = iter([drop_path_rate * block / max(1, sum(depths) - 1) for block in range(sum(depths))])
@@ -188,7 +202,7 @@ class DynamicGroupTransformer(nn.Module):
                 dims[index - 1] if index else dims[0] // 2,
                 dim,
                 heads,
-                stride=2,
+                stride=STAGE_STRIDE,
                 drop_path=[next(rates) for _ in range(depths[index])],
                 attention=name,
                 attention_options={"similarity": similarity, **options},
@@ -198,7 +212,7 @@ class DynamicGroupTransformer(nn.Module):
             )
             stages.append(stage)
             self.feature_info.append(
-                {"num_chs": dim, "reduction": stem_stride * 2 ** (index + 1), "module": f"stages.{index}"}
+                {"num_chs": dim, "reduction": stem_stride * STAGE_STRIDE ** (index + 1), "module": f"stages.{index}"}
             )
         self.stages = nn.Sequential(*stages)
         self.num_features = dims[-1]
@@ -256,6 +270,7 @@ class DynamicGroupTransformer(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        mask: Bool[Tensor, "batch height width"] | None = None,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """The feature maps of the stages.
 
@@ -266,6 +281,8 @@ class DynamicGroupTransformer(nn.Module):
             stop_early: do not run stages after the last wanted one.
             output_fmt: "NCHW" or "NHWC", of the intermediates.
             intermediates_only: return only the list.
+            mask: True at real pixels, False at the padding of images that are smaller than the batch. Padding is no
+                key, moves no centroid and counts in no statistics; what the maps hold there means nothing.
 
         Returns:
             (final features NCHW, list of maps), or the list.
@@ -273,11 +290,13 @@ class DynamicGroupTransformer(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         wanted = stage_indices(indices, len(self.stages))
-        x = self.stem(check_images(x, self.in_chans))
+        x = self.stem(check_images(x, self.in_chans), check_mask(mask, x))
+        mask = strided(mask, self.stem_stride)
         intermediates = []
         last = len(self.stages) - 1
         for index, stage in enumerate(self.stages[: max(wanted) + 1] if stop_early else self.stages):
-            x = stage(x)
+            x = stage(x, mask)
+            mask = strided(mask, STAGE_STRIDE)
             if index in wanted:
                 out = self._final_norm(x) if norm and index == last else x
                 intermediates.append(out if output_fmt == "NCHW" else to_grid(out))
@@ -302,10 +321,12 @@ class DynamicGroupTransformer(nn.Module):
         return wanted
 
     def forward_features(
-        self, x: Float[Tensor, "batch in_chans height width"]
+        self, x: Float[Tensor, "batch in_chans height width"], mask: Bool[Tensor, "batch height width"] | None = None
     ) -> Float[Tensor, "batch dim rows columns"]:
-        """The last stage's feature map, normalised."""
-        return self._final_norm(self.stages(self.stem(check_images(x, self.in_chans))))
+        """The last stage's feature map, normalised; `mask` as in `forward_intermediates`."""
+        if mask is None:
+            return self._final_norm(self.stages(self.stem(check_images(x, self.in_chans))))
+        return self._final_norm(self.forward_intermediates(x, 1, intermediates_only=True, mask=mask)[0])
 
     def forward_head(
         self, x: Float[Tensor, "batch dim rows columns"], pre_logits: bool = False
@@ -334,109 +355,3 @@ def _init_weights(module: nn.Module, name: str = "") -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2203.03937",
-        "paper_name": "Dynamic Group Transformer: A General Vision Transformer Backbone with Dynamic Group Attention",
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "dgt_tiny": _cfg(),
-        "dgt_small": _cfg(),
-        "dgt_base": _cfg(),
-        "dgt_nano": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
-        "dgt_pico": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
-    }
-)
-
-
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    for unused in ("img_size", "dynamic_img_size"):  # every size works, nothing is built for one
-        kwargs.pop(unused, None)
-    kwargs.setdefault("attention_defaults", _PAPER)
-    feature_cfg = {"out_indices": tuple(range(len(kwargs["dims"]))), "flatten_sequential": True}
-    return build_model_with_cfg(DynamicGroupTransformer, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
-
-
-# What the rival mechanisms are given in the paper's networks: stripe widths of CSWin; windows are 7 x 7 by themselves.
-_PAPER: dict[str, Sequence[Options]] = {
-    "cross_shaped_window": ({"stripe_width": 1}, {"stripe_width": 2}, {"stripe_width": 7}, {"stripe_width": 7}),
-}
-# For 32 x 32 images, whose grids have 16, 8, 4 and 2 tokens a side: each query sees about 32, 16, 16 and 4 keys.
-_SMALL_IMAGES: dict[str, Sequence[Options]] = {
-    "dynamic_group": (
-        {"groups": 16, "top_k": 32},
-        {"groups": 8, "top_k": 16},
-        {"groups": 4, "top_k": 16},
-        {"groups": 4, "top_k": 16},
-    ),
-    "shifted_window": ({"window_size": 6}, {"window_size": 4}, {"window_size": 4}, {"window_size": 4}),
-    "cross_shaped_window": ({"stripe_width": 2}, {"stripe_width": 2}, {"stripe_width": 4}, {"stripe_width": 4}),
-}
-
-
-_STABLE: dict[str, Any] = {"post_norm": True, "similarity": "cosine"}
-
-
-@register_vision_model
-def dgt_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DGT-T: 24,094,952 parameters, 4.328 GMACs at 224 x 224."""
-    return _create("dgt_tiny", pretrained, **{"dims": (64, 128, 256, 512), "num_heads": (2, 4, 8, 16), **kwargs})
-
-
-@register_vision_model
-def dgt_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DGT-S: 51,766,515 parameters, 9.381 GMACs at 224 x 224; post-norm and cosine attention."""
-    args = {"dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 24), **_STABLE}
-    return _create("dgt_small", pretrained, **{**args, **kwargs})
-
-
-@register_vision_model
-def dgt_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DGT-B: 90,282,060 parameters, 16.361 GMACs at 224 x 224; post-norm and cosine attention."""
-    args = {"dims": (128, 256, 512, 1024), "num_heads": (4, 8, 16, 32), **_STABLE}
-    return _create("dgt_base", pretrained, **{**args, **kwargs})
-
-
-@register_vision_model
-def dgt_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Not in the paper: for images from 32 x 32 up, with grids of 16, 8, 4 and 2 tokens a side there."""
-    args: dict[str, Any] = {
-        "dims": (32, 64, 128, 192),
-        "depths": (2, 6, 2, 1),
-        "num_heads": (2, 4, 8, 12),
-        "stem_stride": 1,
-        "head_hidden_size": 256,
-        "attention_defaults": _SMALL_IMAGES,
-    }
-    return _create("dgt_nano", pretrained, **{**args, **kwargs})
-
-
-@register_vision_model
-def dgt_pico(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Not in the paper: the smallest, for demonstrations; grids as `dgt_nano`."""
-    args: dict[str, Any] = {
-        "dims": (32, 48, 64, 96),
-        "depths": (1, 2, 1, 1),
-        "num_heads": (2, 3, 4, 6),
-        "stem_stride": 1,
-        "head_hidden_size": 128,
-        "attention_defaults": _SMALL_IMAGES,
-    }
-    return _create("dgt_pico", pretrained, **{**args, **kwargs})
