@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from coterie.engine.config import RunConfig, load_config
-    from coterie.engine.evaluation import Evaluation, Prediction, evaluate, predict
+    from coterie.engine.evaluation import Evaluation, Prediction, Predictor, evaluate, predict
     from coterie.engine.loop import RunResult, train
     from coterie.engine.runs import LoadedRun, load_run
     from coterie.engine.window import NonFiniteLoss
@@ -15,6 +15,7 @@ _HOME = {
     "LoadedRun": "runs",
     "NonFiniteLoss": "window",
     "Prediction": "evaluation",
+    "Predictor": "evaluation",
     "RunConfig": "config",
     "RunResult": "loop",
     "evaluate": "evaluation",
@@ -29,6 +30,7 @@ __all__ = [
     "LoadedRun",
     "NonFiniteLoss",
     "Prediction",
+    "Predictor",
     "RunConfig",
     "RunResult",
     "evaluate",

@@ -117,3 +117,21 @@ def plain(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
     if "label_map" in prediction.answers:
         return {**known, "shares": {name: round(share, 6) for name, share in shares(prediction.answers, classes)}}
     return {**known, "instances": instances(prediction.answers, classes)}
+
+
+def enlarge(image: Image.Image, answer: Answer, least: int = 384) -> tuple[Image.Image, Answer]:
+    """A small picture and its answer at the whole multiple that brings the longer side to `least` pixels or more.
+
+    Lines and legends have a thickness in pixels; on a picture of 100 pixels they would hide what they show.
+    """
+    factor = -(-least // max(image.size))
+    if factor <= 1:
+        return image, answer
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+    larger = dict(answer)
+    if "boxes" in answer:
+        larger["boxes"] = answer["boxes"] * factor
+    for name in ("label_map", "masks"):
+        if name in answer:
+            larger[name] = answer[name].repeat(factor, axis=-1).repeat(factor, axis=-2)
+    return image, larger

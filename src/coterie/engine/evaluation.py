@@ -139,7 +139,30 @@ def evaluate(
     return evaluate_split(run.task, model, loader.batches(0, 0, train=False), accelerator, collect=True)
 
 
-@torch.inference_mode()
+class Predictor:
+    """A loaded run that answers for pictures.
+
+    Args:
+        run: As `load_run` gives it; its model is moved to the device.
+        device: `auto` or `cpu`.
+    """
+
+    def __init__(self, run: LoadedRun, device: str = "auto") -> None:
+        self.run = run
+        run.config.train.device = "cpu" if device == "cpu" else "auto"
+        self._accelerator = make_accelerator(run.config.train)
+        self._model = run.model.to(self._accelerator.device)
+        self.reader = Reader(run.source)
+
+    @torch.inference_mode()
+    def answer(self, images: Sequence[Image.Image]) -> list[Any]:
+        """What the task's `answers` gives for each of the pictures, computed together."""
+        batch = to_device(self.reader.batch(images), self._accelerator.device)
+        with self._accelerator.autocast():
+            output = self.run.task.predict(self._model, batch)
+        return self.run.task.answers(output, batch)
+
+
 def predict(
     run_dir: str | Path | LoadedRun,
     paths: Sequence[str | Path],
@@ -158,10 +181,7 @@ def predict(
         batch_size: Images computed at once; if not given, 64 for classification and one at a time for dense tasks.
     """
     run = run_dir if isinstance(run_dir, LoadedRun) else load_run(run_dir, weights)
-    run.config.train.device = "cpu" if device == "cpu" else "auto"
-    accelerator = make_accelerator(run.config.train)
-    model = run.model.to(accelerator.device)
-    reader, whole = Reader(run.source), run.source.target == WHOLE
+    predictor, whole = Predictor(run, device), run.source.target == WHOLE
     batch_size = batch_size or (64 if whole else 1)
     for start in range(0, len(paths), batch_size):
         predictions = [Prediction(str(path)) for path in paths[start : start + batch_size]]
@@ -169,14 +189,11 @@ def predict(
         readable = []
         for prediction in predictions:
             try:
-                images.append(reader.image(prediction.path))
+                images.append(predictor.reader.image(prediction.path))
                 readable.append(prediction)
             except BadSample as bad:
                 prediction.error = bad.reason
         if images:
-            batch = to_device(reader.batch(images), accelerator.device)
-            with accelerator.autocast():
-                output = run.task.predict(model, batch)
-            for prediction, image, answers in zip(readable, images, run.task.answers(output, batch), strict=True):
+            for prediction, image, answers in zip(readable, images, predictor.answer(images), strict=True):
                 prediction.answers, prediction.image = answers, None if whole else image
         yield from predictions

@@ -16,21 +16,28 @@ class Series:
     """One line: `style` 0..3 picks the colour; `faint` draws it thin and pale and leaves it out of the legend."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
     style: int = 0
     faint: bool = False
     points: bool = False
 
 
 def line_chart(
-    series: Sequence[Series], *, x_label: str, describe: str, percent: bool = False, log: bool = False
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    describe: str,
+    percent: bool = False,
+    log: bool = False,
+    unit: bool = False,
 ) -> str:
     """Lines over x. Values that are not finite are left out; with none left, a note stands in the chart's place.
 
     Args:
         describe: what the chart shows, for those who cannot see it.
         percent: y is a share and labelled in per cent. log: logarithmic y (non-positive values are left out).
+        unit: both axes go from 0 to 1, and the legend leaves out the last value, which says nothing there.
     """
     clean = []
     for line in series:
@@ -45,6 +52,8 @@ def line_chart(
     if x_high == x_low:
         x_low, x_high = x_low - 0.5, x_high + 0.5
     ticks = _y_ticks(clean, percent, log)
+    if unit:
+        (x_low, x_high), ticks = (0.0, 1.0), [0.0, 0.25, 0.5, 0.75, 1.0]
     scale = math.log10 if log else float
     y_low, y_high = scale(ticks[0]), scale(ticks[-1])
 
@@ -79,8 +88,12 @@ def line_chart(
             ]
         parts.append("</g>")
     named = [(line, y) for line, _, y in clean if not line.faint]
+
+    def latest(value: float) -> str:
+        return f' <b class="strong">{label(value)}</b>'
+
     legend = "".join(
-        f'<li class="s{line.style}">{text(line.name)} <b class="strong">{label(y[-1])}</b></li>' for line, y in named
+        f'<li class="s{line.style}">{text(line.name)}{"" if unit else latest(y[-1])}</li>' for line, y in named
     )
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{text(describe)}">{"".join(parts)}</svg>'
@@ -124,8 +137,11 @@ def bar_chart(values: Sequence[float], *, x_label: str, y_label: str, describe: 
     return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{text(describe)}">{"".join(parts)}</svg>'
 
 
-def confusion_chart(matrix: np.ndarray, classes: Sequence[str]) -> str:
-    """Rows are true classes, columns predicted ones; the colour is the share of the row, the number the count."""
+def confusion_chart(matrix: np.ndarray, classes: Sequence[str], *, percent: bool = False) -> str:
+    """Rows are true classes, columns predicted ones; the colour is the share of the row, the number the count.
+
+    With `percent` the number is the share, in per cent, and shares below half of one have none.
+    """
     count = len(classes)
     names = [clip(name, 14) for name in classes]
     cell = 34.0 if count <= 12 else 28.0
@@ -166,12 +182,13 @@ def confusion_chart(matrix: np.ndarray, classes: Sequence[str]) -> str:
                 f'style="fill:{fill}"/><title>true {text(classes[row])}, predicted {text(classes[column])}: '
                 f"{value} ({part:.1%} of the class)</title>"
             )
-            if value:
+            if value and not (percent and part < 0.005):
                 tone = "on" if right and part > 0.5 else "strong"
-                size = "" if value < 1000 else ' font-size="9.5"'
+                shown = f"{100 * part:.0f}" if percent else str(value)
+                size = "" if len(shown) < 4 else ' font-size="9.5"'
                 parts.append(
                     f'<text class="{tone}" x="{x + cell / 2:.1f}" y="{y + cell / 2 + 4:.1f}" text-anchor="middle"'
-                    f"{size}>{value}</text>"
+                    f"{size}>{shown}</text>"
                 )
             parts.append("</g>")
     errors = int(matrix.sum() - np.trace(matrix))

@@ -148,17 +148,22 @@ def _answer(network: Network, name: str, view: View) -> str:
         order = np.argsort(-view.probabilities, kind="stable")[:3]
         answers = ", ".join(f"<b>{text(network.classes[i])}</b> {view.probabilities[i]:.1%}" for i in order)
         sentence += f" The network says: {answers}."
+    drawn = ""
+    if view.answer is not None:
+        drawn = (
+            f'<div class="answer">{page.picture(data_uri(view.answer), f"{name} with the answer", "the answer")}</div>'
+        )
     if view.found:
         others = attention_modules(network.model)[1]
         if others:
             listed = ", ".join(f"{count} × {text(kind)}" for kind, count in others.most_common())
             sentence += f" Besides the blocks below it has {listed}, which form no dynamic groups."
-        return page.lede(sentence)
+        return page.lede(sentence) + drawn
     picture = page.picture(data_uri(Image.fromarray(view.picture)), name, pixelated=max(height, width) <= 64)
     return (
         page.note(explain_no_groups(network.model), warn=True)
         + page.lede(sentence)
-        + f'<div style="max-width:420px">{picture}</div>'
+        + (drawn or f'<div class="answer">{picture}</div>')
     )
 
 

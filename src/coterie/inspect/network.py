@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,9 +17,13 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from coterie.engine.answers import enlarge, keep_certain
 from coterie.inspect.groups import StageGroups, attention_modules, look
 from coterie.inspect.runs import check_run
 from coterie.inspect.tiles import to_picture
+
+if TYPE_CHECKING:
+    from coterie.engine import Predictor
 
 LARGEST_RATIO = 8  # of long to short side: beyond it a picture is a strip, and costs far more tokens than it shows
 LARGEST_SIDE = 4096
@@ -32,11 +37,15 @@ class View:
     picture: np.ndarray  # (height, width, 3) uint8: exactly what the network saw
     found: list[StageGroups]
     probabilities: Float[np.ndarray, " classes"]
+    answer: Image.Image | None = None  # of a dense run: the picture with the answer drawn on it
 
 
 @dataclass
 class Network:
-    """A model in eval mode and how it takes pictures: `size` (height, width), `channels`, and their normalisation."""
+    """A model in eval mode and how it takes pictures: `size` (height, width), `channels`, and their normalisation.
+
+    Of a dense run `model` is the backbone, and `predictor` the whole.
+    """
 
     model: nn.Module
     name: str
@@ -46,6 +55,13 @@ class Network:
     std: tuple[float, ...]
     classes: list[str]
     trained: bool
+    predictor: Predictor | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the whole network has."""
+        whole = self.model if self.predictor is None else self.predictor.run.model
+        return sum(parameter.numel() for parameter in whole.parameters())
 
     @property
     def has_groups(self) -> bool:
@@ -76,8 +92,18 @@ class Network:
         tensor = self.prepare(image)
         parameter = next(self.model.parameters(), tensor)
         found, output = look(self.model, tensor.to(parameter.device, parameter.dtype))
+        picture = to_picture(tensor, self.mean, self.std)
+        if self.predictor is not None:
+            return View(picture, found, np.zeros(0), self._draw(Image.fromarray(picture)))
         chances = output.float().softmax(-1)[0].cpu().numpy() if output.ndim == 2 and output.shape[1] else np.zeros(0)
-        return View(to_picture(tensor, self.mean, self.std), found, chances)
+        return View(picture, found, chances)
+
+    def _draw(self, image: Image.Image) -> Image.Image:
+        """The picture with what the network says about it, instances from a score of one half on."""
+        assert self.predictor is not None
+        task: Any = self.predictor.run.task
+        answer = keep_certain(self.predictor.answer([image])[0], 0.5)
+        return task.draw(*enlarge(image, answer))
 
 
 def open_run(run_dir: str | Path) -> Network:
@@ -87,16 +113,21 @@ def open_run(run_dir: str | Path) -> Network:
         FileNotFoundError: no such folder, or a run without weights yet.
         ValueError: not a run folder, or weights that do not fit.
     """
-    from coterie.engine import load_run
+    from coterie.engine import Predictor, load_run
 
     run = load_run(check_run(run_dir))
     how = run.source.transform
     if how.image_size is None or how.mean is None or how.std is None:
         raise ValueError(f"run: {run_dir} does not say how its pictures were prepared (source.json is incomplete)")
     size = (how.image_size, how.image_size) if isinstance(how.image_size, int) else how.image_size
+    predictor = None
+    if run.source.target != "class":
+        predictor = Predictor(run, "cpu")
+        size = (how.min_size, how.min_size) if how.min_size else size
     name = run.config.model.name or type(run.model).__name__
     channels, classes = run.source.channels, list(run.source.classes)
-    return Network(run.model.eval(), name, size, channels, how.mean, how.std, classes, trained=True)
+    model = run.model.eval() if predictor is None else run.model.eval().get_submodule("backbone")
+    return Network(model, name, size, channels, how.mean, how.std, classes, True, predictor)
 
 
 def open_model(name: str, size: int | None = None) -> Network:
@@ -151,7 +182,9 @@ def _takes_one_size(model: nn.Module) -> bool:
 
 
 def _stride(model: nn.Module) -> int:
-    """The network's largest stride: its own word (timm's feature_info), else 32."""
+    """The network's largest stride: its own word (timm's feature_info, a backbone's strides), else 32."""
+    if strides := getattr(model, "strides", None):
+        return int(max(strides))
     info = getattr(model, "feature_info", None)
     entries = info if isinstance(info, list) else getattr(info, "info", [])
     return max((int(entry.get("reduction", 0)) for entry in entries), default=0) or 32

@@ -18,19 +18,23 @@ from coterie.inspect.runs import Run
 IMAGES = 3
 
 
-def groups_section(network: Network, run: Run, classes: Sequence[str], source: Any | None) -> str:
-    """Group pictures of `network` for a few test images, or one sentence why there are none."""
+def groups_section(
+    network: Network, run: Run, classes: Sequence[str], source: Any | None, chosen: Sequence[int]
+) -> str:
+    """Group pictures of `network` for the `chosen` test images, or one sentence why there are none."""
     if not network.has_groups:
         return page.note(explain_no_groups(network.model))
     parts, table = [], ""
-    for index in choose_samples(run, source):
+    for index in chosen:
         image, name = sample_picture(source, index)
         if image is None:
             continue
         view = network.look(image)
         if not view.found:
             continue
-        answer = classes[int(source.splits["test"].labels[index])] if source is not None else f"test sample {index}"
+        answer = f"test image {index}"
+        if source is not None and network.predictor is None:
+            answer = classes[int(source.splits["test"].labels[index])]
         if run.predictions is not None and index in (indices := run.predictions.indices.tolist()):
             row = indices.index(index)
             label, said = int(run.predictions.labels[row]), int(run.predictions.predicted[row])

@@ -48,8 +48,38 @@ class Predictions:
 
 
 @dataclass
+class LabelMaps:
+    """What the network said about the pixels of each test image: rows are true classes, columns predicted ones."""
+
+    confusions: Int[np.ndarray, "images classes classes"]
+    indices: Int[np.ndarray, " images"]
+
+    def confusion(self) -> Int[np.ndarray, "classes classes"]:
+        """Pixels of all images."""
+        return self.confusions.sum(axis=0)
+
+
+@dataclass
+class Detections:
+    """What the network found in the test images: a row for each box, in pixels of the image, left, top, right, bottom.
+
+    `masks` are COCO's compressed run lengths and `sizes` the (height, width) they belong to; None without masks.
+    """
+
+    indices: Int[np.ndarray, " boxes"]
+    boxes: Float[np.ndarray, "boxes 4"]
+    scores: Float[np.ndarray, " boxes"]
+    labels: Int[np.ndarray, " boxes"]
+    masks: np.ndarray | None = None
+    sizes: Int[np.ndarray, "boxes 2"] | None = None
+
+
+@dataclass
 class Run:
-    """A run folder, read. Lists and dicts are empty, and `predictions` None, where the piece is missing."""
+    """A run folder, read. Lists and dicts are empty, and what was predicted None, where the piece is missing.
+
+    Of `predictions` (classification), `label_maps` and `detections` a finished run has one.
+    """
 
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +88,8 @@ class Run:
     source: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     predictions: Predictions | None = None
+    label_maps: LabelMaps | None = None
+    detections: Detections | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -74,6 +106,17 @@ class Run:
     def monitored(self) -> str:
         """The split that was evaluated while training: "validation", or "test" where there is no other."""
         return str(self.evals[-1].get("split", "test")) if self.evals else "test"
+
+    @property
+    def tested(self) -> dict[str, Any]:
+        """The figures of the test split as they were logged last; empty where it was not evaluated."""
+        known = [e for e in self.events if e.get("event") in ("eval", "test") and e.get("split", "test") == "test"]
+        return known[-1] if known else {}
+
+    @property
+    def target(self) -> str:
+        """What is known of each picture: "class", "label_map" or "instances"."""
+        return str(self.source.get("target", "class"))
 
     @property
     def data(self) -> str | None:
@@ -185,12 +228,15 @@ def _read_predictions(run: Run) -> None:
         return
     try:
         with np.load(path, allow_pickle=False) as file:
-            probabilities = np.asarray(file["probabilities"], dtype=np.float32)
-            labels = np.asarray(file["labels"], dtype=np.int64)
-            indices = np.asarray(file["indices"], dtype=np.int64) if "indices" in file else np.arange(len(labels))
+            READERS.get(run.target, _read_classes)(run, {name: file[name] for name in file.files})
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         run.notes.append(f"{PREDICTIONS} cannot be read: {_one_line(error)}")
-        return
+
+
+def _read_classes(run: Run, arrays: dict[str, np.ndarray]) -> None:
+    probabilities = np.asarray(arrays["probabilities"], dtype=np.float32)
+    labels = np.asarray(arrays["labels"], dtype=np.int64)
+    indices = np.asarray(arrays.get("indices", np.arange(len(labels))), dtype=np.int64)
     if (
         probabilities.ndim != 2
         or labels.shape != probabilities.shape[:1]
@@ -210,6 +256,32 @@ def _read_predictions(run: Run) -> None:
         )
     if inside.any():
         run.predictions = Predictions(probabilities[inside], labels[inside], indices[inside])
+
+
+def _read_label_maps(run: Run, arrays: dict[str, np.ndarray]) -> None:
+    confusions, indices = arrays["confusion"].astype(np.int64), arrays["indices"].astype(np.int64)
+    square = confusions.ndim == 3 and confusions.shape[1] == confusions.shape[2]
+    if not square or indices.shape != confusions.shape[:1] or not len(indices):
+        shapes = f"confusion {confusions.shape}, indices {indices.shape}"
+        run.notes.append(f"{PREDICTIONS} does not fit together: {shapes}.")
+        return
+    run.label_maps = LabelMaps(confusions, indices)
+
+
+def _read_detections(run: Run, arrays: dict[str, np.ndarray]) -> None:
+    kinds = {"indices": np.int64, "boxes": np.float32, "scores": np.float32, "labels": np.int64}
+    found = Detections(**{name: np.asarray(arrays[name], dtype=kind) for name, kind in kinds.items()})
+    if "masks" in arrays:
+        found.masks, found.sizes = arrays["masks"], arrays["sizes"]
+    columns = [values for values in vars(found).values() if values is not None]
+    if len({len(values) for values in columns}) > 1 or found.boxes.shape[1:] != (4,):
+        shapes = ", ".join(f"{name} {values.shape}" for name, values in vars(found).items() if values is not None)
+        run.notes.append(f"{PREDICTIONS} does not fit together: {shapes}.")
+        return
+    run.detections = found
+
+
+READERS = {"class": _read_classes, "label_map": _read_label_maps, "instances": _read_detections}
 
 
 def _one_line(error: BaseException) -> str:
