@@ -15,8 +15,9 @@ from torch import Tensor
 
 from coterie.ops import _checks as check
 from coterie.ops._dispatch import Backend, BackendUnavailable, Call, Operation, register
-from coterie.ops.composable import reference
+from coterie.ops.composable import cpu, reference
 from coterie.ops.composable.maps import HeadComposition
+from coterie.ops.composable.register import ComposableAttention
 
 _OP = "composable_attention"
 
@@ -76,8 +77,10 @@ def composable_attention(
     check.check_scale(_OP, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
 
-    COMPOSABLE_ATTENTION.choose(backend, _describe(query, key, value, pre, post))
-    return reference.composable_attention(query, key, value, pre, post, is_causal, window, attn_mask, scale)
+    chosen = COMPOSABLE_ATTENTION.choose(backend, _describe(query, key, value, pre, post))
+    if chosen == "reference":
+        return reference.composable_attention(query, key, value, pre, post, is_causal, window, attn_mask, scale)
+    return ComposableAttention.apply(query, key, value, is_causal, window, attn_mask, scale, chosen, *pre, *post)
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -125,7 +128,7 @@ def _check_maps(name: str, maps: Any, query: Tensor, key: Tensor) -> HeadComposi
     if not isinstance(maps, HeadComposition):
         raise TypeError(f"{_OP}: {name} must be a HeadComposition or None, got {type(maps).__name__}")
     sizes = {"batch": query.shape[0], "queries": query.shape[2], "keys": key.shape[2], "heads": query.shape[1]}
-    for field, part in maps._asdict().items():
+    for field, part in zip(HeadComposition._fields, maps, strict=True):
         if part is None:
             continue
         check.check_tensor(_OP, f"{name}.{field}", part, _LAYOUTS[field])
@@ -180,10 +183,19 @@ def _describe(
     return replace(call, needs_grad=call.needs_grad or grad)
 
 
+def _cpu_refusal(call: Call) -> str | None:
+    return _EXPORTED if call.exporting else cpu.refusal(call)
+
+
+_EXPORTED = "an exported program holds torch operators only, so that it runs without coterie"
 COMPOSABLE_ATTENTION = register(
     Operation(
         _OP,
-        (Backend("reference", "the definition, all scores at once", lambda call: None),),
+        (
+            Backend("cpu", "C++ kernels, compiled on first use", _cpu_refusal),
+            Backend("native", "torch operators on chunks of queries", lambda c: _EXPORTED if c.exporting else None),
+            Backend("reference", "the definition, all scores at once", lambda call: None),
+        ),
         _describe,
     )
 )

@@ -1,0 +1,123 @@
+// The forward pass: scores, composition and exponentials of all tiles of a block of queries, then, with the sums known,
+// composition of the weights and products with the values.
+#pragma once
+
+#include <atomic>
+
+#include "tiles.h"
+
+namespace {
+
+// exp(x - running peak) in place, row by row; `peak` and `total` follow, `peaks` remembers what was taken off.
+template <class C>
+inline void soften(C* x, int N, int rows, i64 stride, C* peak, C* total, C* peaks) {
+    constexpr int W = LANES<C>;
+    for (int t = 0; t < rows; ++t)
+        for (int n = 0; n < N; ++n) {
+            C* row = x + t * stride + n * TS;
+            const int i = t * N + n;
+            vec<C> most = at(row);
+            for (int c = W; c < TS; c += W) most = at(row + c) > most ? at(row + c) : most;
+            const C high = horizontal_max<C>(most);
+            if (high > peak[i]) {
+                total[i] *= std::exp(peak[i] - high);  // exp(-inf) = 0 at first
+                peak[i] = high;
+            }
+            const C off = peak[i] == -INF<C> ? C(0) : peak[i];
+            vec<C> sum = {};
+            for (int c = 0; c < TS; c += W) {
+                const vec<C> e = exponential(at(row + c) - off);
+                at(row + c) = e;
+                sum += e;
+            }
+            total[i] += horizontal_sum<C>(sum);
+            peaks[i] = peak[i];
+        }
+}
+
+template <class T, class C>
+int forward(const T* q, const T* k, const T* v, const Sides<C>& pre, const Sides<C>& post, const Mask& mask, T* out, C* lse, const Shape& s,
+            const i64* qs, const i64* ks, const i64* vs, double scale, int threads) {
+    constexpr int W = LANES<C>;
+    const int N = int(s.H), group = int(s.H / s.HK), R = s.rows, vp = panels<C>(s.dv);
+    const i64 stride = i64(N) * TS + 2 * W, tile = R * stride, J = s.tiles();
+    const i64 ksize = i64(TS) * s.d, vsize = i64(TS) * vp;
+    const Memory kmemory(std::size_t(s.B * J * s.HK * ksize) * sizeof(C)), vmemory(std::size_t(s.B * J * s.HK * vsize) * sizeof(C));
+    C *kt = reinterpret_cast<C*>(kmemory.get()), *vr = reinterpret_cast<C*>(vmemory.get());
+    pack_all(s, k, ks, kt, ksize, threads, [&](const T* x, i64 st, int n, C* o) { pack_transposed(x, st, n, s.d, o); });
+    pack_all(s, v, vs, vr, vsize, threads, [&](const T* x, i64 st, int n, C* o) { pack_panels(x, st, n, TS, s.dv, C(1), o); });
+
+    i64 longest = 0;  // tiles that a block may touch
+    for (i64 i = 0; i < s.blocks(); ++i) {
+        const i64 t0 = i * R, t1 = std::min(s.Lq, t0 + R);
+        longest = std::max(longest, (s.high(t1 - 1) + TS - 1) / TS - s.low(t0) / TS);
+    }
+    std::atomic<i64> next(0);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        try {
+            Workspace w(bytes_of<C>({std::size_t(longest * tile), std::size_t(longest) * R * N, std::size_t(tile), std::size_t(R) * N * s.d,
+                                   std::size_t(R) * N * vp, std::size_t(R) * TS, std::size_t(R) * N, std::size_t(R) * N, std::size_t(longest)}));
+            C* scratch = w.take<C>(std::size_t(longest * tile));
+            C* peaks = w.take<C>(std::size_t(longest) * R * N);
+            C* x = w.take<C>(std::size_t(tile));
+            C* qr = w.take<C>(std::size_t(R) * N * s.d);
+            C* y = w.take<C>(std::size_t(R) * N * vp);
+            C* bias = w.take<C>(std::size_t(R) * TS);
+            C* peak = w.take<C>(std::size_t(R) * N);
+            C* total = w.take<C>(std::size_t(R) * N);
+            std::uint8_t* seen = w.take<std::uint8_t>(std::size_t(longest));
+            for (i64 item; (item = next.fetch_add(1)) < s.B * s.blocks();) {
+                const i64 b = item % s.B, t0 = (s.blocks() - 1 - item / s.B) * R;  // the longest first
+                const int m = int(std::min<i64>(R, s.Lq - t0));
+                const i64 j0 = s.low(t0) / TS, j1 = (s.high(t0 + m - 1) + TS - 1) / TS;
+                for (int n = 0; n < N; ++n)
+                    pack_rows(q + b * qs[0] + n * qs[1] + t0 * qs[2], qs[2], m, s.d, C(scale), qr + i64(n) * R * s.d, s.d);
+                std::fill(peak, peak + i64(m) * N, -INF<C>);
+                std::fill(total, total + i64(m) * N, C(0));
+                std::fill(y, y + i64(R) * N * vp, C(0));
+                for (i64 j = j0; j < j1; ++j) {
+                    const Cover c = cover(s, mask, b, t0, m, j, bias);
+                    seen[j - j0] = c != NONE;
+                    if (c == NONE) continue;
+                    C* e = scratch + (j - j0) * tile;
+                    score(qr, kt + (b * J + j) * s.HK * ksize, ksize, x, N, group, m, R, s.d, stride);
+                    compose<C>(pre.at_block(s, b, t0, j), false, x, e, nullptr, 0, m, stride);
+                    if (c == SOME) apply(bias, e, N, m, stride);
+                    soften(e, N, m, stride, peak, total, peaks + (j - j0) * R * N);
+                }
+                for (int i = 0; i < m * N; ++i) {
+                    lse[(b * N + i % N) * s.Lq + t0 + i / N] = total[i] == 0 ? -INF<C> : peak[i] + std::log(total[i]);
+                    total[i] = total[i] > 0 || total[i] != total[i] ? 1 / total[i] : C(0);
+                    if (peak[i] == -INF<C>) peak[i] = 0;
+                }
+                for (i64 j = j0; j < j1; ++j) {
+                    if (!seen[j - j0]) continue;
+                    C* e = scratch + (j - j0) * tile;
+                    const C* taken = peaks + (j - j0) * R * N;
+                    for (int t = 0; t < m; ++t)
+                        for (int n = 0; n < N; ++n) {
+                            const int i = t * N + n;
+                            const C factor = taken[i] == peak[i] ? total[i] : total[i] * std::exp(taken[i] - peak[i]);
+                            C* row = e + t * stride + n * TS;
+                            for (int c = 0; c < TS; c += W) at(row + c) *= factor;
+                        }
+                    compose<C>(post.at_block(s, b, t0, j), false, e, x, nullptr, 0, m, stride);
+                    const C* values = vr + (b * J + j) * s.HK * vsize;
+                    for (int n = 0; n < N; ++n) {
+                        const C* panel = values + n / group * vsize;
+                        multiply_panels<C, true>(x + n * TS, stride, 1, panel, vp / (2 * W), y + i64(n) * R * vp, vp, m, TS, panel + vsize,
+                                                 vsize * i64(sizeof(C)));
+                    }
+                }
+                for (int n = 0; n < N; ++n)
+                    for (int t = 0; t < m; ++t)
+                        for (int i = 0; i < s.dv; ++i) store(out + ((b * N + n) * s.Lq + t0 + t) * s.dv + i, y[(i64(n) * R + t) * vp + i]);
+            }
+        } catch (const std::bad_alloc&) { failed |= 1; }
+    }
+    return failed ? NO_MEMORY : OK;
+}
+
+}  // namespace
