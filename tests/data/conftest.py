@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,39 @@ def image_folder(tmp_path: Path, encoded: Callable[..., bytes]) -> Callable[[dic
             (root / place).mkdir(parents=True)
             for index in range(count):
                 (root / place / f"{index:03}.png").write_bytes(encoded("PNG", 1000 * number + index))
+        return root
+
+    return make
+
+
+@pytest.fixture
+def coco_folder(tmp_path: Path, encoded: Callable[..., bytes]) -> Callable[..., Path]:
+    """A COCO set of 20x16 pictures beside their json: coco_folder(train=[...], val=[...]).
+
+    Each split is a list with the annotations of each picture: mappings without id and image_id. Further keywords
+    replace parts of the documents.
+    """
+
+    def make(categories: dict[int, str] | None = None, change: Callable | None = None, **splits: list) -> Path:
+        root = tmp_path / "coco"
+        (root / "images").mkdir(parents=True)
+        names = {3: "cat", 7: "dog"} if categories is None else categories
+        for split, pictures in splits.items():
+            document: dict = {
+                "images": [],
+                "annotations": [],
+                "categories": [{"id": key, "name": name} for key, name in names.items()],
+            }
+            for number, annotations in enumerate(pictures):
+                file = f"{split}{number}.png"
+                (root / "images" / file).write_bytes(encoded("PNG", number))
+                document["images"].append({"id": 100 + number, "file_name": file, "width": 20, "height": 16})
+                for annotation in annotations:
+                    place = len(document["annotations"])
+                    document["annotations"].append({"id": place, "image_id": 100 + number, **annotation})
+            if change is not None:
+                change(split, document)
+            (root / f"instances_{split}.json").write_text(json.dumps(document))
         return root
 
     return make

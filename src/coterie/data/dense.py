@@ -79,8 +79,6 @@ def assemble_dense(
     name: str,
     classes: Sequence[str],
     splits: Mapping[str, ImageDataset],
-    *,
-    mirror: bool | None = None,
 ) -> DataSource:
     """Make a DataSource of what a reader found: hold out a tenth where there is no test split, measure sizes.
 
@@ -119,7 +117,9 @@ def assemble_dense(
             int(np.median([header.width for header in headers])),
         ),
         splits={key: splits[key] for key in ("train", "validation", "test") if key in splits},
-        mirror=not all(len(label) == 1 or label.isdecimal() for label in classes) if mirror is None else mirror,
+        # Objects called by single characters or numbers are taken for letters and digits; the classes of label maps
+        # are called by numbers where nothing names them.
+        mirror=target == "label_map" or not all(len(label) == 1 or label.isdecimal() for label in classes),
         target=target,
         has_masks=all(split.has_masks for split in splits.values()),
     )
