@@ -79,11 +79,11 @@ def coco_folder(tmp_path: Path, encoded: Callable[..., bytes]) -> Callable[..., 
                 "annotations": [],
                 "categories": [{"id": key, "name": name} for key, name in names.items()],
             }
-            for number, annotations in enumerate(pictures):
+            for number, objects in enumerate(pictures):
                 file = f"{split}{number}.png"
                 (root / "images" / file).write_bytes(encoded("PNG", number))
                 document["images"].append({"id": 100 + number, "file_name": file, "width": 20, "height": 16})
-                for annotation in annotations:
+                for annotation in objects:
                     place = len(document["annotations"])
                     document["annotations"].append({"id": place, "image_id": 100 + number, **annotation})
             if change is not None:

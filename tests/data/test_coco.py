@@ -148,7 +148,7 @@ def test_a_bad_annotation_is_skipped_and_reported_with_file_and_id(coco_folder, 
 def test_many_bad_annotations_are_fatal(coco_folder):
     bad = {**BOX, "bbox": [2, 3, 0, 8]}
     root = coco_folder(train=[[BOX] * 48, [bad] * 2], val=[[BOX]])
-    with pytest.raises(ValueError, match="2 of 50 annotations cannot be used, more than the share of 0.01"):
+    with pytest.raises(ValueError, match=r"2 of 50 annotations cannot be used, more than the share of 0\.01"):
         opened(root)
     assert len(opened(root, max_bad_share=0.04).splits["train"].target(0)) == 48
 
@@ -187,7 +187,7 @@ def test_a_file_that_is_no_set_is_fatal(coco_folder, change, message):
 def test_other_mistakes_are_named(tmp_path, coco_folder):
     with pytest.raises(FileNotFoundError, match="coco:nowhere: no such file or folder"):
         opened("nowhere")
-    with pytest.raises(ValueError, match="no annotation file; takes annotations/instances_<split>.json"):
+    with pytest.raises(ValueError, match=r"no annotation file; takes annotations/instances_<split>\.json"):
         opened(tmp_path)
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match=r"broken\.json: not a json file"):
