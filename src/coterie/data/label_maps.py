@@ -175,18 +175,20 @@ def settle_values(
 
 
 def sample_values(count: int, read: Callable[[int], bytes], name: Callable[[int], str]) -> set[int]:
-    """The values in some of `count` label maps. Raises ValueError for maps in colours."""
+    """The values in some of `count` label maps. Raises ValueError where all of them are in colours."""
     found: set[int] = set()
+    in_colours = None
     for index in permutation(count, 0)[:_SAMPLED].tolist():
         try:
             values = read_values(read(index), name(index))
         except (BadSample, OSError):
             continue  # the Loader reports it when its turn comes
         if values.ndim == 3:
-            raise ValueError(
-                f"{name(index)}: a label map in colours; put a class_dict.csv (name,r,g,b) beside the folders"
-            )
-        found.update(np.unique(values).tolist())
+            in_colours = name(index)
+        else:
+            found.update(np.unique(values).tolist())
+    if in_colours is not None and not found:
+        raise ValueError(f"{in_colours}: a label map in colours; put a class_dict.csv (name,r,g,b) beside the folders")
     return found - {0xFFFF}
 
 
