@@ -2,6 +2,7 @@
 
 from coterie.models import dgt_sizes as dgt_sizes  # registers them
 from coterie.models._registry import create_model, list_models
+from coterie.models.dcvit import ComposableVisionTransformer
 from coterie.models.dgt import DynamicGroupTransformer
 
-__all__ = ["DynamicGroupTransformer", "create_model", "list_models"]
+__all__ = ["ComposableVisionTransformer", "DynamicGroupTransformer", "create_model", "list_models"]

@@ -242,10 +242,14 @@ class DCFormerModel(DCFormerPreTrainedModel):
         self, embeds: Tensor, attention_mask: Any, past: Cache | None, position_ids: Tensor | None
     ) -> dict[str, LayerMask]:
         seen = 0 if past is None else past.get_seq_length()
+        if position_ids is None or past is not None:
+            length = seen + embeds.shape[1] if isinstance(seen, int) else 0  # a static cache has a length of its own
+        else:  # of documents packed into one row, each has its own positions
+            length = 1 + int(position_ids.max()) if _may_look_at(position_ids) else 0
         longest = self.config.max_position_embeddings
-        if isinstance(seen, int) and seen + embeds.shape[1] > longest:
+        if length > longest:
             raise ValueError(
-                f"the sequence has {seen + embeds.shape[1]} tokens, and max_position_embeddings is {longest}: "
+                f"the sequence has {length} tokens, and max_position_embeddings is {longest}: "
                 "shorten it, or raise max_position_embeddings in the configuration"
             )
         return layer_masks(self.config, embeds, attention_mask, past, position_ids)
@@ -321,8 +325,13 @@ def _norm(config: DCFormerConfig) -> nn.Module:
 
 
 def _check_ids(input_ids: Tensor | None, vocab_size: int) -> None:
-    if input_ids is None or input_ids.device.type != "cpu" or is_tracing(input_ids) or not input_ids.numel():
-        return  # a look at ids on a GPU would wait for it
+    if input_ids is None or not _may_look_at(input_ids):
+        return
     low, high = (int(x) for x in input_ids.aminmax())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"input_ids must be from 0 to {vocab_size - 1}, the vocabulary, got {low} to {high}")
+
+
+def _may_look_at(ids: Tensor) -> bool:
+    """Whether values can be had at no cost: not on a GPU, which would have to be waited for, nor while tracing."""
+    return ids.device.type == "cpu" and not is_tracing(ids) and ids.numel() > 0
