@@ -50,6 +50,9 @@ class Segmenter(nn.Module):
             self.decoder.dropout = nn.Identity()
         self.dropout = nn.Dropout2d(DROPOUT)
         self.classifier = nn.Conv2d(width, classes, 1)
+        nn.init.normal_(self.classifier.weight, std=0.01)  # all classes equally likely at first
+        if self.classifier.bias is not None:
+            nn.init.zeros_(self.classifier.bias)
         self.auxiliary: nn.Module | None = None
         if auxiliary:
             self.auxiliary = nn.Sequential(

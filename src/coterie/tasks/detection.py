@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 PASTED_AT_ONCE = 16
 WORST_SHOWN = 3
-DRAWN_FROM = 0.5  # score
 Detection = dict[str, Any]
 
 
@@ -196,32 +196,35 @@ class ObjectDetection:
                 answer["masks"] = decode(one["rle"], height, width)
         return answers
 
+    def palette(self) -> list[tuple[int, int, int]]:
+        """The colour of each class, as `draw` uses it."""
+        names = [f"class {number}" for number in range(len(self.classes))]  # an object is never background
+        return [tuple(color) for color in class_colors(names).tolist()]
+
     def draw(self, image: Image.Image, answer: Mapping[str, np.ndarray]) -> Image.Image:
-        """The image with the boxes (and masks) of a score of at least 0.5, above a legend of their classes."""
+        """The image with every box (and mask) of an answer, and its score if it has one, above a legend of classes."""
         from PIL import Image, ImageDraw, ImageFont
 
-        colors = class_colors([f"class {number}" for number in range(len(self.classes))])  # none is background here
-        chosen = [row for row in range(len(answer["scores"])) if answer["scores"][row] >= DRAWN_FROM][::-1]
+        colors = self.palette()
+        labels = [int(label) for label in answer["labels"]]
         picture = image.convert("RGB")
-        if "masks" in answer and chosen:
+        if "masks" in answer and labels:
             pixels = np.asarray(picture, dtype=np.float32).copy()
-            for row in chosen:
-                inside = answer["masks"][row].astype(bool)
-                pixels[inside] = (pixels[inside] + colors[answer["labels"][row]]) / 2
+            for mask, label in zip(answer["masks"], labels, strict=True):
+                inside = np.asarray(mask, dtype=bool)
+                pixels[inside] = (pixels[inside] + colors[label]) / 2
             picture = Image.fromarray(pixels.round().astype(np.uint8))
         draw = ImageDraw.Draw(picture)
         font = ImageFont.load_default(11)
-        for row in chosen:  # the best last, on top
+        for row in reversed(range(len(labels))):  # the best last, on top
             left, top, right, bottom = answer["boxes"][row].tolist()
-            color = tuple(int(part) for part in colors[answer["labels"][row]])
-            draw.rectangle((left, top, right, bottom), outline=color, width=2)
-            draw.text((left + 3, top + 1), f"{answer['scores'][row]:.2f}", fill=color, font=font)
-        labels, amounts = np.unique([answer["labels"][row] for row in chosen], return_counts=True)
-        entries = [
-            (f"{self.classes[int(label)]} ({amount})", colors[int(label)])
-            for label, amount in zip(labels, amounts, strict=True)
-        ]
-        return with_legend(picture, entries)
+            draw.rectangle((left, top, right, bottom), outline=colors[labels[row]], width=2)
+            if "scores" in answer:
+                draw.text((left + 3, top + 1), f"{answer['scores'][row]:.2f}", fill=colors[labels[row]], font=font)
+        amounts = Counter(labels)
+        return with_legend(
+            picture, [(f"{self.classes[label]} ({amounts[label]})", colors[label]) for label in sorted(amounts)]
+        )
 
 
 class InstanceSegmentation(ObjectDetection):

@@ -237,6 +237,10 @@ class SemanticSegmentation:
         """For each image {"label_map": (h, w) uint8}."""
         return [{"label_map": label_map.cpu().numpy()} for label_map in output]
 
+    def palette(self) -> list[tuple[int, int, int]]:
+        """The colour of each class, as `draw` uses it; background is black, and left clear by `draw`."""
+        return [tuple(color) for color in class_colors(self.classes).tolist()]
+
     def draw(self, image: Image.Image, answer: Mapping[str, np.ndarray]) -> Image.Image:
         """The image under its label map in colours, above a legend of the classes in it; the largest first."""
         from PIL import Image
