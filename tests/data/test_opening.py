@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -126,3 +127,21 @@ def test_opening_says_nothing_when_all_is_well(caplog):
     with caplog.at_level(logging.INFO):
         open_data("digits")
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("spec", "target", "message"),
+    [
+        ("digit-scenes", "class", "has no classes of whole pictures, only label maps; takes digits, folder:PATH"),
+        ("digits", "instances", "has no boxes, only classes of whole pictures; takes digit-scenes, coco:PATH"),
+        ("coco:x", "label_map", "has no label maps, only boxes"),
+        ("maps:x", "instances", "has no boxes, only label maps"),
+        ("nowhere", "instances", "no such source and no such folder; takes digit-scenes, coco:PATH, voc:PATH"),
+        ("coco:", "instances", "nothing after the colon"),
+        ("maps:x?label=y", "label_map", "unknown option 'label'; takes ignore"),
+        ("digits", "boxes", "target: got 'boxes', takes class, label_map, instances"),
+    ],
+)
+def test_what_does_not_have_the_target_says_so(spec, target, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_data(spec, target=target)
