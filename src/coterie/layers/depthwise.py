@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from coterie.ops._state import autocasting
+
 
 def residual_depthwise(
     x: Float[Tensor, "batch dim height width"],
@@ -18,11 +20,7 @@ def residual_depthwise(
     """
     channels, _, size, _ = weight.shape
     half = size // 2
-    if x.dtype not in (torch.float32, torch.float64) or _autocast(x.device.type):
+    if x.dtype not in (torch.float32, torch.float64) or autocasting(x.device.type):
         return x + F.conv2d(x, weight, bias, padding=half, groups=channels)
     identity = F.pad(weight.new_ones(1, 1, 1, 1), (half, half, half, half))
     return F.conv2d(x, weight + identity, bias, padding=half, groups=channels)
-
-
-def _autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -16,6 +16,7 @@ from coterie.layers.depthwise import residual_depthwise
 from coterie.layers.layout import to_grid, to_map
 from coterie.layers.padding import batch_norm
 from coterie.ops import gelu_depthwise
+from coterie.ops._state import autocasting
 
 
 @register_notrace_module  # looks at dtypes, which torch.fx cannot follow
@@ -62,5 +63,5 @@ class InvertedResidualFeedForward(nn.Module):
 
     def _fused(self, x: Tensor) -> bool:
         """Whether the middle runs in one pass over memory: inference on the CPU in float32."""
-        plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        plain = x.is_cpu and x.dtype == torch.float32 and not autocasting("cpu")
         return plain and not torch.is_grad_enabled() and stands_still(self.norm1)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coterie.ops._state import exporting
+
 
 class BackendUnavailable(ValueError):
     """A backend was asked for by name and cannot serve this call."""
@@ -36,7 +38,7 @@ class Call:
             dtype=tensors[0].dtype,
             head_dim=max(t.shape[-1] for t in tensors),
             needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
-            exporting=torch.compiler.is_exporting(),
+            exporting=exporting(),
         )
 
 

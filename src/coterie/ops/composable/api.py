@@ -15,6 +15,7 @@ from torch import Tensor
 
 from coterie.ops import _checks as check
 from coterie.ops._dispatch import Backend, BackendUnavailable, Call, Operation, register
+from coterie.ops._state import autocasting
 from coterie.ops.composable import cpu, reference
 from coterie.ops.composable.maps import HeadComposition
 from coterie.ops.composable.register import ComposableAttention
@@ -88,7 +89,7 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
     if not all(isinstance(x, Tensor) for x in tensors):
         return tensors  # the checks name the culprit
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocasting(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from coterie.ops import _checks as check
 from coterie.ops._dispatch import Backend, BackendUnavailable, Call, Operation, register
+from coterie.ops._state import autocasting
 from coterie.ops.dynamic_group import cpu, native, reference
 from coterie.ops.dynamic_group.register import GroupedAttention
 
@@ -67,7 +68,7 @@ def dynamic_groups(
     if metric not in METRICS:
         raise ValueError(f"{op}: metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}")
 
-    autocast = torch.amp.is_autocast_available(query.device.type) and torch.is_autocast_enabled(query.device.type)
+    autocast = autocasting(query.device.type)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False) if autocast else nullcontext():
         centroids = centroids.detach().float()
         direction = reference.normalised(centroids).contiguous()

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from coterie.ops._state import exporting
+
 
 def dynamic_groups(
     query: Float[Tensor, "batch heads queries head_dim"],
@@ -33,7 +35,7 @@ def dynamic_groups(
         relevance = direction @ key.transpose(-1, -2)
     if key_mask is not None:
         relevance = relevance.masked_fill(~key_mask[:, None, None], float("-inf"))
-    if torch.compiler.is_exporting():  # ONNX gives ties to the lower index by definition, and has no bit casts
+    if exporting():  # ONNX gives ties to the lower index by definition, and has no bit casts
         return assignment, relevance.topk(top_k, dim=-1).indices.sort(dim=-1).values
     return assignment, _ordered_keys(relevance).topk(top_k, dim=-1, sorted=False).indices.sort(dim=-1).values
 

@@ -18,6 +18,7 @@ from coterie.ops import _checks as check
 from coterie.ops import _cpp
 from coterie.ops._dispatch import Backend, Call, Operation, register
 from coterie.ops._flops import register_flops
+from coterie.ops._state import exporting
 from coterie.ops.gelu_depthwise import reference
 
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
@@ -75,7 +76,7 @@ def _describe(x: Tensor, *others: Tensor, **_: Any) -> Call:
         dtype=x.dtype,
         head_dim=x.shape[-1],
         needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others)),
-        exporting=torch.compiler.is_exporting(),
+        exporting=exporting(),
     )
 
 
