@@ -130,7 +130,8 @@ class Writer:
 
         prediction.answers = answers.keep_certain(prediction.answers, self.least)
         stem = self._stems[prediction.path]
-        drawn = self.task.draw(prediction.image, prediction.answers)
+        assert prediction.image is not None
+        drawn = self.task.draw(*answers.fit(prediction.image, prediction.answers))
         atomic_write(self.folder / f"{stem}.png", answers.png(drawn))
         if self.format == "png":
             label_map = answers.label_map_png(prediction.answers["label_map"], self.task.palette())

@@ -119,19 +119,29 @@ def plain(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
     return {**known, "instances": instances(prediction.answers, classes)}
 
 
-def enlarge(image: Image.Image, answer: Answer, least: int = 384) -> tuple[Image.Image, Answer]:
-    """A small picture and its answer at the whole multiple that brings the longer side to `least` pixels or more.
+def fit(image: Image.Image, answer: Answer, least: int = 256, most: int | None = None) -> tuple[Image.Image, Answer]:
+    """A picture and its answer at a size that lines and legends, of a thickness in pixels, suit.
 
-    Lines and legends have a thickness in pixels; on a picture of 100 pixels they would hide what they show.
+    Args:
+        image: The picture.
+        answer: Boxes, masks or a label map in its pixels.
+        least: A longer side below this is brought to at least this by a whole factor.
+        most: A longer side above this is brought to this; None leaves large pictures as they are.
     """
-    factor = -(-least // max(image.size))
-    if factor <= 1:
+    longer = max(image.size)
+    if longer < least:
+        factor = float(-(-least // longer))
+    elif most is not None and longer > most:
+        factor = most / longer
+    else:
         return image, answer
-    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
-    larger = dict(answer)
+    width, height = (max(round(side * factor), 1) for side in image.size)
+    rows = ((np.arange(height) + 0.5) * image.height / height).astype(int)
+    columns = ((np.arange(width) + 0.5) * image.width / width).astype(int)
+    fitted = dict(answer)
     if "boxes" in answer:
-        larger["boxes"] = answer["boxes"] * factor
+        fitted["boxes"] = answer["boxes"] * np.array([width / image.width, height / image.height] * 2, dtype=np.float32)
     for name in ("label_map", "masks"):
         if name in answer:
-            larger[name] = answer[name].repeat(factor, axis=-1).repeat(factor, axis=-2)
-    return image, larger
+            fitted[name] = answer[name][..., rows, :][..., columns]
+    return image.resize((width, height), Image.Resampling.BICUBIC), fitted

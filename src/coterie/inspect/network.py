@@ -17,7 +17,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from coterie.engine.answers import enlarge, keep_certain
+from coterie.engine.answers import fit, keep_certain
 from coterie.inspect.groups import StageGroups, attention_modules, look
 from coterie.inspect.runs import check_run
 from coterie.inspect.tiles import to_picture
@@ -103,7 +103,7 @@ class Network:
         assert self.predictor is not None
         task: Any = self.predictor.run.task
         answer = keep_certain(self.predictor.answer([image])[0], 0.5)
-        return task.draw(*enlarge(image, answer))
+        return task.draw(*fit(image, answer, most=640))
 
 
 def open_run(run_dir: str | Path) -> Network:

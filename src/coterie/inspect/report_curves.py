@@ -10,6 +10,7 @@ from coterie.inspect import page
 from coterie.inspect.charts import Series, line_chart, smooth
 from coterie.inspect.runs import Run
 
+SIZES = ("_small", "_medium", "_large")
 NAMES = {
     "miou": "mean IoU", "ap": "box AP", "ap50": "box AP50", "ap75": "box AP75", "mask_ap": "mask AP",
     "mask_ap50": "mask AP50", "mask_ap75": "mask AP75",
@@ -54,8 +55,7 @@ def curves_section(run: Run, shares: Sequence[str]) -> str:
     shown = [key for key in shares if key in keys]
     averaged = ", of the averaged weights" if run.setting("optim.ema_decay") else ""
     if shown:
-        what = pretty(shown[0])
-        what = what[0].upper() + what[1:]
+        what = _sentence(pretty(shown[0]))
         cards.append(
             page.card(
                 line_chart(
@@ -96,12 +96,19 @@ def curves_section(run: Run, shares: Sequence[str]) -> str:
                 "Gradient norm before clipping",
             )
         )
-    others = [k for k in keys if "loss" not in k and k not in shares and not k.endswith(("seconds", "_s", "samples"))]
+    by_size = [key for key in keys if key.endswith(SIZES)]
+    for kind in ("ap", "mask_ap"):
+        if found := [f"{kind}{size}" for size in SIZES if f"{kind}{size}" in by_size]:
+            heading = f"{_sentence(pretty(kind))} by the size of the objects"
+            drawn = line_chart(lines(found), x_label="step", describe=f"{heading}, over the steps", percent=True)
+            cards.append(page.card(drawn, heading))
+    known = {*shares, *by_size, "ap50", "ap75", "mask_ap50", "mask_ap75"}
+    others = [k for k in keys if "loss" not in k and k not in known and not k.endswith(("seconds", "_s", "samples"))]
     for key in others[:4]:
         cards.append(
             page.card(
                 line_chart(lines([key]), x_label="step", describe=f"{pretty(key)} over the steps"),
-                pretty(key).capitalize(),
+                _sentence(pretty(key)),
             )
         )
     return page.cards(cards) if cards else page.note("The log holds no figures to draw.")
@@ -127,3 +134,7 @@ def is_number(value: object) -> bool:
 def pretty(key: str) -> str:
     """The name of a figure, for people."""
     return NAMES.get(key, key.replace("_", " "))
+
+
+def _sentence(name: str) -> str:
+    return name[0].upper() + name[1:]

@@ -1,7 +1,7 @@
 """Pictures of dense predictions beside the truth: what was there, and what the network said.
 
-Small pictures are drawn enlarged, so that lines and legends are readable. What cannot be shown (no data, no network, a
-picture that cannot be read) leaves its reason in the place of the picture.
+Pictures are drawn at about the size at which they are shown, so that lines and legends are readable. What cannot be
+shown (no data, no network, a picture that cannot be read) leaves its reason in the place of the picture.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy as np
 from PIL import Image
 
 from coterie.data import BadSample, Instances
-from coterie.engine.answers import enlarge
+from coterie.engine.answers import fit
 from coterie.inspect import page
 from coterie.inspect.page import text
 from coterie.inspect.tiles import data_uri
 
 logger = logging.getLogger("coterie.inspect")
 
-SIDE = 480
-"""Longest side of an embedded picture, in pixels."""
+SIDE = 320
+"""Longest side of an embedded picture, in pixels: about as large as it is shown, so that its legend can be read."""
 
 Answer = dict[str, Any]
 
@@ -67,9 +67,7 @@ class Showcase:
         return sample.name, sample.image, as_answer(sample.label)
 
     def _drawn(self, image: Image.Image, answer: Answer) -> str:
-        drawn = self.task.draw(*enlarge(image, answer))
-        drawn.thumbnail((SIDE, SIDE + 200))
-        return data_uri(drawn)
+        return data_uri(self.task.draw(*fit(image, answer, most=SIDE)))
 
 
 def as_answer(target: Instances | np.ndarray) -> Answer:
