@@ -91,8 +91,11 @@ def no_instances(size: tuple[int, int], masks: bool) -> Instances:
     )
 
 
-def check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
+def check_segmentation(segmentation: Any, size: tuple[int, int]) -> Any:
     """Look at a mask without decoding it.
+
+    Returns:
+        the same mask in less memory: polygons as arrays, run lengths as they are.
 
     Raises:
         BadAnnotation: neither polygons nor run lengths, no area, or a mask of another size than the picture.
@@ -103,31 +106,37 @@ def check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
             raise BadAnnotation(f"its mask is of size {stated}, the picture of {list(size)} (height, width)")
         if isinstance(counts, list):
             if not all(isinstance(count, int) and count >= 0 for count in counts) or sum(counts) != size[0] * size[1]:
-                raise BadAnnotation("the run lengths of its mask do not add up to the pixels of the picture")
+                raise BadAnnotation(_WRONG_SUM)
         elif not isinstance(counts, str | bytes) or not counts:
             raise BadAnnotation(f"the run lengths of its mask are {type(counts).__name__}, takes a list or text")
-        return
+        return segmentation
     if not isinstance(segmentation, list) or not segmentation:
         raise BadAnnotation(
             "its mask is empty" if segmentation == [] else "its mask is neither polygons nor run lengths"
         )
-    for polygon in segmentation:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            raise BadAnnotation("a polygon of its mask is no list of at least three pairs of coordinates")
-        try:
-            x, y = np.asarray(polygon, dtype=np.float64).reshape(-1, 2).T
-        except (TypeError, ValueError):
-            raise BadAnnotation("a polygon of its mask has coordinates that are no numbers") from None
-        height, width = size  # the codec walks along the outline, so far away is also slow; NaN compares false
-        if not (np.all(abs(x - width / 2) <= 2 * width) and np.all(abs(y - height / 2) <= 2 * height)):
-            raise BadAnnotation("a polygon of its mask lies far outside the picture")
+    return [_polygon(polygon, size) for polygon in segmentation]
+
+
+def _polygon(polygon: Any, size: tuple[int, int]) -> np.ndarray:
+    if not isinstance(polygon, list | np.ndarray) or len(polygon) < 6 or len(polygon) % 2:
+        raise BadAnnotation("a polygon of its mask is no list of at least three pairs of coordinates")
+    try:
+        corners = np.asarray(polygon, dtype=np.float64)
+        pairs = corners.reshape(-1, 2)
+    except (TypeError, ValueError):
+        raise BadAnnotation("a polygon of its mask has coordinates that are no numbers") from None
+    height, width = size  # the codec walks along the outline, so far away is also slow; NaN compares false
+    reach = abs(pairs - (width / 2, height / 2)).max(0)
+    if not (reach[0] <= 2 * width and reach[1] <= 2 * height):
+        raise BadAnnotation("a polygon of its mask lies far outside the picture")
+    return corners
 
 
 def encode_mask(segmentation: Any, size: tuple[int, int]) -> RLE:
     """One of COCO's ways to write a mask, as run lengths. Raises BadAnnotation as `check_segmentation` does."""
     from pycocotools import mask
 
-    check_segmentation(segmentation, size)
+    segmentation = check_segmentation(segmentation, size)
     if not isinstance(segmentation, dict):
         return mask.merge(mask.frPyObjects(segmentation, *size))
     if isinstance(segmentation["counts"], list):
@@ -135,8 +144,11 @@ def encode_mask(segmentation: Any, size: tuple[int, int]) -> RLE:
     counts = segmentation["counts"]
     counts = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
     if _pixels(counts) != size[0] * size[1]:  # pycocotools would return uninitialised memory
-        raise BadAnnotation("the run lengths of its mask do not add up to the pixels of the picture")
+        raise BadAnnotation(_WRONG_SUM)
     return {"size": list(size), "counts": counts}
+
+
+_WRONG_SUM = "the run lengths of its mask do not add up to the pixels of the picture"
 
 
 def _pixels(counts: bytes) -> int:

@@ -77,8 +77,7 @@ class InstanceTable:
             if label is None or not 0 <= label < self.class_count:
                 raise BadAnnotation(f"unknown category {label if category is None else category!r}")
             corners, excess = _clip(box, size)
-            if segmentation:
-                check_segmentation(segmentation, size)
+            segmentation = check_segmentation(segmentation, size) if segmentation else None
         except BadAnnotation as error:
             self.problems.skip(name, str(error))
             return
@@ -90,7 +89,7 @@ class InstanceTable:
         self.labels.append(label)
         self.crowd.append(crowd)
         self.area.append(float(area) if good_area else (right - left) * (bottom - top))
-        self.segmentations.append(segmentation or None)
+        self.segmentations.append(segmentation)
 
     def finish(self, store: Store, max_bad_share: float) -> InstanceImages:
         """The dataset. Raises ValueError when too many annotations were skipped."""
