@@ -6,6 +6,7 @@ pair with rank 2, beside the 2·head_dim of attention itself, twice. It acts poi
 windows and padding hold as they do in plain attention.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -62,7 +63,7 @@ def composable_attention(
 
     Returns:
         (batch, heads, queries, value_dim); a query with nothing to attend to gets zeros. Differentiable in query, key,
-        value and every part of both maps.
+        value and every part of both maps, once; by "reference" as often as wanted.
 
     Raises:
         ValueError, TypeError: arguments that do not fit, a backend that is unknown or cannot serve the call.
@@ -80,7 +81,9 @@ def composable_attention(
 
     chosen = COMPOSABLE_ATTENTION.choose(backend, _describe(query, key, value, pre, post))
     if chosen == "reference":
-        return reference.composable_attention(query, key, value, pre, post, is_causal, window, attn_mask, scale)
+        device = query.device.type
+        with torch.autocast(device, enabled=False) if autocasting(device) else nullcontext():
+            return reference.composable_attention(query, key, value, pre, post, is_causal, window, attn_mask, scale)
     return ComposableAttention.apply(query, key, value, is_causal, window, attn_mask, scale, chosen, *pre, *post)
 
 

@@ -7,7 +7,7 @@
 // Plain C++17 with GCC/Clang vector extensions and OpenMP, no torch headers, called through ctypes. Arithmetic is float
 // (double for double tensors). Sums run in a fixed order: the same bits for any number of threads.
 
-#include "backward.h"  // revision 2 of the headers
+#include "backward.h"
 #include "forward.h"
 
 namespace {

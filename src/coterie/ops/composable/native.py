@@ -1,7 +1,7 @@
 """Composable attention in torch operators: runs on every device, by chunks of queries, so that memory is linear.
 
-A chunk sees only the keys that causality and the window leave to it. Its backward recomputes the weights from the saved
-log-sum-exp; the adjoint of a composition is the composition with `in` and `out` exchanged and `static` transposed.
+A chunk sees only the keys that causality and the window leave to it. Its backward recomputes the weights, by chunks as
+well; the adjoint of a composition is the composition with `in` and `out` exchanged and `static` transposed.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coterie.ops.composable.maps import HeadComposition
 
-CHUNK = 2**22  # scores of all heads and batches at once, but at least LEAST queries
+CHUNK = 2**20  # scores of all heads and batches at once, but at least LEAST queries
 LEAST = 16
 
 
@@ -148,19 +148,19 @@ def forward(
         maps = [_cut(x, chunk, wide) for x in (pre, post)]
         scores = _scores(query[:, :, chunk.queries].to(wide) * scale, k)
         scores = _compose(scores, _mix(scores, maps[0]), maps[0])
-        if chunk.allowed is not None:
-            scores.masked_fill_(~chunk.allowed, float("-inf"))
-        norm = scores.logsumexp(-1)
-        logsumexp[:, :, chunk.queries] = norm
-        weights = scores.sub_(_finite(norm).unsqueeze(-1)).exp_()
+        weights, logsumexp[:, :, chunk.queries] = _softmax(scores, chunk.allowed)
         weights = _compose(weights, _mix(weights, maps[1]), maps[1])
         output[:, :, chunk.queries] = (_grouped(weights, v.shape[1]) @ v).view(*weights.shape[:3], -1).to(query.dtype)
     return output, logsumexp
 
 
-def _finite(logsumexp: Tensor) -> Tensor:
-    """A row without keys has -inf; any finite number makes its weights exp(-inf) = 0."""
-    return logsumexp.masked_fill(logsumexp == float("-inf"), 0.0)
+def _softmax(scores: Scores, allowed: Tensor | None) -> tuple[Scores, Float[Tensor, "batch heads queries"]]:
+    """Weights, in the memory of the scores, and the log-sum-exp; zeros and -inf for a row without keys."""
+    if allowed is not None:
+        scores.masked_fill_(~allowed, float("-inf"))
+    peak = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+    total = scores.sub_(peak).exp_().sum(-1, keepdim=True)
+    return scores.div_(total.clamp_min(torch.finfo(scores.dtype).tiny)), (peak + total.log()).squeeze(-1)
 
 
 def backward(
@@ -189,10 +189,7 @@ def backward(
 
         scores = _scores(q, k)
         mixed = _mix(scores, before)
-        weights = _compose(scores, mixed, before)
-        if chunk.allowed is not None:
-            weights.masked_fill_(~chunk.allowed, float("-inf"))
-        weights.sub_(_finite(logsumexp[:, :, chunk.queries]).unsqueeze(-1)).exp_()
+        weights, _ = _softmax(_compose(scores, mixed, before), chunk.allowed)
 
         mixed_weights = _mix(weights, after)
         composed = _compose(weights, mixed_weights, after)

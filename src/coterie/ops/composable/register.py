@@ -5,6 +5,7 @@ Schemas, shapes for tracing, autograd and FLOP formulas. No kernel is built or i
 
 import importlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coterie.ops._flops import register_flops
+from coterie.ops._state import autocasting
 from coterie.ops.composable.maps import HeadComposition
 
 PARTS = len(HeadComposition._fields)
@@ -31,12 +33,18 @@ def _kernels(backend: str) -> ModuleType:
     return importlib.import_module(f"coterie.ops.composable.{'triton_kernels' if backend == 'triton' else backend}")
 
 
+def _as_given(x: Tensor) -> AbstractContextManager:
+    """Autocast would lower the products inside; what is to be lowered is so already."""
+    return torch.autocast(x.device.type, enabled=False) if autocasting(x.device.type) else nullcontext()
+
+
 def _run_forward(
     query: Tensor, key: Tensor, value: Tensor, pre: Sequence[Tensor | None], post: Sequence[Tensor | None],
     *options: Any
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     *rest, backend = options
-    return _kernels(backend).forward(query, key, value, HeadComposition(*pre), HeadComposition(*post), *rest)
+    with _as_given(query):
+        return _kernels(backend).forward(query, key, value, HeadComposition(*pre), HeadComposition(*post), *rest)
 
 
 def _run_backward(
@@ -46,7 +54,8 @@ def _run_backward(
     """Gradients of query, key, value, and of the parts that exist of `pre` and `post`, each with its own memory."""
     *rest, backend = options
     maps = HeadComposition(*pre), HeadComposition(*post)
-    first, second, third = _kernels(backend).backward(grad, query, key, value, *maps, logsumexp, *rest)
+    with _as_given(query):
+        first, second, third = _kernels(backend).backward(grad, query, key, value, *maps, logsumexp, *rest)
     return [*first, *(x for x in (*second, *third) if x is not None)]
 
 
