@@ -36,7 +36,5 @@ def batch_norm(
     if stands_still(norm):
         return zero_padding(norm(x), mask)
     tokens = to_grid(x)
-    real = norm(tokens[mask].t()[None, :, :, None])  # (1, dim, real positions, 1)
-    return to_map(
-        tokens.new_zeros(tokens.shape, dtype=real.dtype).masked_scatter(mask.unsqueeze(-1), real[0, :, :, 0].t())
-    )
+    real = norm(tokens[mask][:, :, None, None])[:, :, 0, 0]  # as so many images of one pixel
+    return to_map(tokens.new_zeros(tokens.shape, dtype=real.dtype).masked_scatter(mask.unsqueeze(-1), real))
