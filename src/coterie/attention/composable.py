@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from coterie.attention.base import PATTERNS, GridAttention, check_int, register_attention, unit_rows
 from coterie.attention.head_maps import SIDES, USES, HeadMaps, key_part, with_key_part
+from coterie.attention.rms_norm import RMSNorm
 from coterie.attention.rotary import rotary_frequencies, rotary_tables, rotate
 from coterie.ops import HeadComposition, composable_attention
 
@@ -138,8 +139,8 @@ class ComposableMultiHeadAttention(GridAttention):
             width = (num_heads + 2 * kv_heads) * self.head_dim
             self.qkv = nn.Linear(dim, width, bias=self.qkv.bias is not None, **where)
         if qk_norm:
-            self.add_module("q_norm", nn.RMSNorm(self.head_dim, eps=1e-6, **where))
-            self.add_module("k_norm", nn.RMSNorm(self.head_dim, eps=1e-6, **where))
+            self.add_module("q_norm", RMSNorm(self.head_dim, eps=1e-6, **where))
+            self.add_module("k_norm", RMSNorm(self.head_dim, eps=1e-6, **where))
         self.maps = HeadMaps(dim, num_heads, rank=rank, uses=uses, sides=sides, static=static, initial=initial, **where)
 
     def forward(

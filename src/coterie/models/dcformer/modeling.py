@@ -25,6 +25,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from coterie.attention.head_maps import HeadMaps, key_part, with_key_part
+from coterie.attention.rms_norm import RMSNorm
 from coterie.attention.rotary import rotary_frequencies, rotary_tables, rotate
 from coterie.models.dcformer.configuration import DCFormerConfig
 from coterie.models.dcformer.masks import LayerMask, layer_masks, masks_for_generation
@@ -44,8 +45,8 @@ class DCFormerAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.maps = HeadMaps(
             config.hidden_size,
             self.heads,
@@ -321,7 +322,7 @@ class DCFormerForCausalLM(DCFormerPreTrainedModel, GenerationMixin):
 
 
 def _norm(config: DCFormerConfig) -> nn.Module:
-    return (nn.RMSNorm if config.norm == "rms" else nn.LayerNorm)(config.hidden_size, eps=config.norm_eps)
+    return (RMSNorm if config.norm == "rms" else nn.LayerNorm)(config.hidden_size, eps=config.norm_eps)
 
 
 def _check_ids(input_ids: Tensor | None, vocab_size: int) -> None:
