@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <memory>
 #include <new>
 
 #include "_simd.h"
@@ -180,6 +181,7 @@ class Workspace {
 
 public:
     explicit Workspace(std::size_t bytes) : memory(bytes) {}
+    void clear() { used = 0; }
     template <class T>
     T* take(std::size_t n) {
         T* p = reinterpret_cast<T*>(memory.get() + used);
@@ -187,6 +189,18 @@ public:
         return p;
     }
 };
+// One of this thread, empty and of at least so many bytes; it grows, is never shrunk, and goes with the thread.
+inline Workspace& workspace(std::size_t bytes) {
+    static thread_local std::unique_ptr<Workspace> mine;
+    static thread_local std::size_t size = 0;
+    if (!mine || bytes > size) {
+        mine.reset();
+        mine.reset(new Workspace(bytes));
+        size = bytes;
+    }
+    mine->clear();
+    return *mine;
+}
 template <class C>
 std::size_t bytes_of(std::initializer_list<std::size_t> counts) {
     std::size_t total = 64;

@@ -5,438 +5,18 @@
 // double tensors). Work is cut into pieces that do not depend on the number of threads, and sums run in a fixed order:
 // results are the same bits for any number of threads.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
 #include <vector>
 
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
-#include "_simd.h"
+#include "gather.h"
+#include "groups.h"
 
 namespace {
 
-using i64 = std::int64_t;
-
 constexpr int TILE = 48;     // queries per tile: scores of a tile stay in the first-level caches
 constexpr int CHUNK = 1024;  // queries per piece of work: a giant group is shared among threads
-constexpr int OK = 0, BAD_ASSIGNMENT = 1, BAD_SELECTED = 2, NO_MEMORY = 3;
-
-// ---------------------------------------------------------------------------------------------------------------- storage types
-struct bf16 { std::uint16_t bits; };
-inline float load(bf16 x) {
-    std::uint32_t u = std::uint32_t(x.bits) << 16;
-    float f;
-    std::memcpy(&f, &u, 4);
-    return f;
-}
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline void store(float* p, float x) { *p = x; }
-inline void store(double* p, double x) { *p = x; }
-inline void store(bf16* p, float x) {
-    std::uint32_t u;
-    std::memcpy(&u, &x, 4);
-    if ((u & 0x7fffffffu) > 0x7f800000u) { p->bits = std::uint16_t((u >> 16) | 0x40); return; }  // NaN stays NaN
-    p->bits = std::uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);                             // round to nearest even
-}
-
-// ---------------------------------------------------------------------------------------------------------------- small matrices
-// C[M, N] (+)= A[M, K] B[K, N] with A(i, k) at a[i*ars + k*acs]; N is a multiple of the vector length, B and C are packed rows.
-template <class C, int R, int V, bool ADD>
-inline void block(const C* a, i64 ars, i64 acs, const C* b, i64 ldb, C* c, i64 ldc, int K) {
-    constexpr int W = LANES<C>;
-    vec<C> sum[R][V];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sum[r][v] = ADD ? at(c + r * ldc + v * W) : vec<C>{};
-    for (int k = 0; k < K; ++k) {
-        vec<C> row[V];
-        for (int v = 0; v < V; ++v) row[v] = at(b + k * ldb + v * W);
-        for (int r = 0; r < R; ++r) {
-            const C x = a[r * ars + k * acs];
-            for (int v = 0; v < V; ++v) sum[r][v] += x * row[v];
-        }
-    }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) at(c + r * ldc + v * W) = sum[r][v];
-}
-
-template <class C, int V, bool ADD>
-inline void rows(const C* a, i64 ars, i64 acs, const C* b, i64 ldb, C* c, i64 ldc, int M, int K) {
-    int i = 0;
-    for (; i + 6 <= M; i += 6) block<C, 6, V, ADD>(a + i * ars, ars, acs, b, ldb, c + i * ldc, ldc, K);
-    a += i * ars;
-    c += i * ldc;
-    switch (M - i) {
-        case 5: return block<C, 5, V, ADD>(a, ars, acs, b, ldb, c, ldc, K);
-        case 4: return block<C, 4, V, ADD>(a, ars, acs, b, ldb, c, ldc, K);
-        case 3: return block<C, 3, V, ADD>(a, ars, acs, b, ldb, c, ldc, K);
-        case 2: return block<C, 2, V, ADD>(a, ars, acs, b, ldb, c, ldc, K);
-        case 1: return block<C, 1, V, ADD>(a, ars, acs, b, ldb, c, ldc, K);
-    }
-}
-
-template <class C, bool ADD>
-void multiply(const C* a, i64 ars, i64 acs, const C* b, i64 ldb, C* c, i64 ldc, int M, int N, int K) {
-    constexpr int W = LANES<C>;
-    int j = 0;
-    if (M < 4)  // few rows: more columns at once keep the multipliers busy
-        for (; j + 4 * W <= N; j += 4 * W) rows<C, 4, ADD>(a, ars, acs, b + j, ldb, c + j, ldc, M, K);
-    for (; j + 2 * W <= N; j += 2 * W) rows<C, 2, ADD>(a, ars, acs, b + j, ldb, c + j, ldc, M, K);
-    for (; j < N; j += W) rows<C, 1, ADD>(a, ars, acs, b + j, ldb, c + j, ldc, M, K);
-}
-
-inline vfloat exponential(vfloat x) {  // relative error 2e-7 on (-87, 88); below it flushes to zero
-    const vint below = x < -87.0f;
-    const vfloat shifted = x * 1.44269504088896341f + 12582912.0f;  // round to integer in the low bits of the mantissa
-    const vfloat n = shifted - 12582912.0f;
-    vfloat r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    vfloat p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    const vint power = (reinterpret_cast<const vint&>(shifted) + (127 - 0x4B400000)) << 23;
-    const vfloat y = p * reinterpret_cast<const vfloat&>(power);
-    const vint kept = reinterpret_cast<const vint&>(y) & ~below;
-    return reinterpret_cast<const vfloat&>(kept);
-}
-inline vdouble exponential(vdouble x) {
-    for (int l = 0; l < LANES<double>; ++l) x[l] = std::exp(x[l]);
-    return x;
-}
-
-template <class C> inline C horizontal_sum(vec<C> v) {
-    C s = 0;
-    for (int l = 0; l < LANES<C>; ++l) s += v[l];
-    return s;
-}
-
-template <class C> inline int padded(i64 n) { return int((n + LANES<C> - 1) / LANES<C> * LANES<C>); }
-
-// A block of memory of this thread, cut into arrays; grows, is never shrunk, and goes with the thread.
-class Workspace {
-    std::unique_ptr<char[]> memory;
-    std::size_t size = 0, used = 0;
-public:
-    void reserve(std::size_t bytes) {
-        if (bytes > size) { memory.reset(); size = 0; memory.reset(new char[bytes + 64]); size = bytes; }
-        used = (64 - reinterpret_cast<std::uintptr_t>(memory.get()) % 64) % 64;
-    }
-    template <class T> T* take(std::size_t n) {
-        T* p = reinterpret_cast<T*>(memory.get() + used);
-        used += (n * sizeof(T) + 63) / 64 * 64;
-        return p;
-    }
-};
-template <class C> std::size_t bytes_of(std::initializer_list<std::size_t> counts) {
-    std::size_t total = 64;
-    for (std::size_t n : counts) total += (n * sizeof(C) + 63) / 64 * 64;
-    return total;
-}
-Workspace& workspace() {
-    static thread_local Workspace w;
-    return w;
-}
-
-// ---------------------------------------------------------------------------------------------------------------- assignment, selection
-constexpr std::int32_t NEVER = std::numeric_limits<std::int32_t>::min();
-
-// Floats as integers of the same order, in place; -0 equals 0, and what may never be chosen before anything else (NaN) is NEVER.
-inline void to_ordered(float* x, int n) {
-    for (int i = 0; i < n; i += LANES<float>) {
-        const vfloat f = at(x + i) + 0.0f;
-        const vint bits = reinterpret_cast<const vint&>(f);
-        const vint value = bits ^ ((bits >> 31) & 0x7fffffff);
-        const vint number = f == f;
-        const vint result = (value & number) | (~number & NEVER);
-        std::memcpy(x + i, &result, VECTOR_BYTES);
-    }
-}
-
-inline std::int32_t ordered(float x) {
-    std::int32_t bits;
-    x += 0.0f;
-    std::memcpy(&bits, &x, 4);
-    return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-inline float from_ordered(std::int32_t x) {
-    const std::int32_t bits = x ^ ((x >> 31) & 0x7fffffff);
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-// Puts those of eight integers that reach `bar` side by side, with their indices; gives their number. Writes eight of each.
-#ifdef __AVX2__
-struct Lanes {
-    std::uint64_t of[256];  // for a mask of eight bits, the lanes that are set, a byte each
-    Lanes() {
-        for (int mask = 0; mask < 256; ++mask) {
-            of[mask] = 0;
-            for (int l = 7; l >= 0; --l)
-                if (mask >> l & 1) of[mask] = of[mask] << 8 | std::uint64_t(l);
-        }
-    }
-};
-const Lanes LANES_SET;
-inline int keep(const std::int32_t* value, const std::int32_t* which, std::int32_t bar, std::int32_t* score, std::int32_t* index) {
-    const auto load8 = [](const std::int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
-    const auto store8 = [](std::int32_t* p, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); };
-    const __m256i v = load8(value), w = load8(which);
-    const int mask = ~_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(bar), v))) & 255;
-    if (!mask) return 0;
-    const __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)LANES_SET.of[mask]));
-    store8(score, _mm256_permutevar8x32_epi32(v, order));
-    store8(index, _mm256_permutevar8x32_epi32(w, order));
-    return __builtin_popcount(unsigned(mask));
-}
-#else
-inline int keep(const std::int32_t* value, const std::int32_t* which, std::int32_t bar, std::int32_t* score, std::int32_t* index) {
-    int n = 0;
-    for (int l = 0; l < 8; ++l) {
-        const std::int32_t v = value[l], w = which[l];
-        score[n] = v;
-        index[n] = w;
-        n += v >= bar;
-    }
-    return n;
-}
-#endif
-
-// The best `k` of candidates that come in order of rising index: higher scores first, then lower indices. Held in order of index, with
-// room for eight more than there are.
-struct TopK {
-    std::int32_t *score, *index;
-    int n;
-
-    // Takes those of further candidates that reach `bar`.
-    void add(const std::int32_t* value, const std::int32_t* which, int count, std::int32_t bar) {
-        int kept = n, j = 0;
-        for (; j + 8 <= count; j += 8) kept += keep(value + j, which + j, bar, score + kept, index + kept);
-        for (; j < count; ++j) {
-            score[kept] = value[j];
-            index[kept] = which[j];
-            kept += value[j] >= bar;
-        }
-        n = kept;
-    }
-
-    // Keeps the best k (all, if there are no more); returns the least score with which a further candidate gets in.
-    std::int32_t shrink(int k) {
-        const int count = n;
-        std::int32_t *const s = score, *const at = index;
-        if (count < k) return NEVER;
-        std::int32_t low = s[0], high = s[0];
-        for (int j = 1; j < count; ++j) {
-            low = std::min(low, s[j]);
-            high = std::max(high, s[j]);
-        }
-        if (count == k) return low + 1;
-        // The k-th largest score lies in [low, high]; `reach` scores reach `low`, `above` lie beyond `high`. A few guesses, as if scores lay
-        // evenly between the two, mostly find a score that exactly k reach; bisection of the bits ends whatever is left.
-        int reach = count, above = 0;
-        for (int guess = 0; low < high && reach != k; ++guess) {
-            std::int32_t middle = std::int32_t((i64(low) + high + 1) >> 1);
-            if (guess < 8) {
-                const float from = from_ordered(low), to = from_ordered(high);
-                const float share = std::min(std::max(float(reach - k) / float(reach - above), 0.1f), 0.9f);
-                const float value = from + (to - from) * share;
-                if (std::isfinite(value)) middle = std::min(std::max(ordered(value), low + 1), high);
-            }
-            int reaching = 0;
-            for (int j = 0; j < count; ++j) reaching += s[j] >= middle;
-            if (reaching >= k) {
-                low = middle;
-                reach = reaching;
-            } else {
-                high = middle - 1;
-                above = reaching;
-            }
-        }
-        int kept = 0, j = 0;
-        if (reach == k) {
-            for (; j + 8 <= count; j += 8) kept += keep(s + j, at + j, low, s + kept, at + kept);
-            for (; j < count; ++j) {
-                s[kept] = s[j];
-                at[kept] = at[j];
-                kept += s[kept] >= low;
-            }
-        } else {  // several equal the k-th largest: the first of them stay
-            int equal = k;
-            for (j = 0; j < count; ++j) equal -= s[j] > low;
-            for (j = 0; j < count; ++j) {
-                const std::int32_t value = s[j];
-                const bool tie = value == low && equal > 0;
-                equal -= tie;
-                s[kept] = value;
-                at[kept] = at[j];
-                kept += value > low || tie;
-            }
-        }
-        n = kept;
-        return low + 1;  // no overflow: the largest score, that of infinity, is below the largest integer
-    }
-};
-
-// Rows lie far apart (other heads, q, k and v stand between them), which the hardware does not foresee: ask for a row well before it is read.
-constexpr int AHEAD = 12;
-template <class T>
-inline void prefetch(const T* row, int d) {
-    for (int i = 0; i < d; i += int(64 / sizeof(T))) __builtin_prefetch(row + i);
-}
-
-// Rows x[index[r]] as the columns of out (d, ld), those beyond n zero; index == nullptr takes rows 0, 1, 2, ... Eight rows at a time, so that stores are contiguous.
-template <class T, class C>
-inline void gather_transposed(const T* x, i64 stride, const std::int32_t* index, int n, int d, C* out, int ld) {
-    int r = 0;
-    for (; r + 8 <= n; r += 8) {
-        const T* row[8];
-        for (int l = 0; l < 8; ++l) {
-            row[l] = x + (index ? index[r + l] : r + l) * stride;
-            if (r + l + AHEAD < n) prefetch(x + (index ? index[r + l + AHEAD] : r + l + AHEAD) * stride, d);
-        }
-        for (int i = 0; i < d; ++i) {
-            C* to = out + i64(i) * ld + r;
-            for (int l = 0; l < 8; ++l) to[l] = C(load(row[l][i]));
-        }
-    }
-    for (; r < ld; ++r) {
-        const T* row = r < n ? x + (index ? index[r] : r) * stride : nullptr;
-        for (int i = 0; i < d; ++i) out[i64(i) * ld + r] = row ? C(load(row[i])) : C(0);
-    }
-}
-
-// Columns of x (d, ld) brought to length 1.
-inline void unit_columns(float* x, int d, int ld) {
-    for (int j = 0; j < ld; ++j) {
-        float square = 0;
-        for (int i = 0; i < d; ++i) square += x[i64(i) * ld + j] * x[i64(i) * ld + j];
-        const float inverse = 1.0f / std::max(std::sqrt(square), std::numeric_limits<float>::min());
-        for (int i = 0; i < d; ++i) x[i64(i) * ld + j] *= inverse;
-    }
-}
-
-template <class T>
-int dynamic_groups(const T* q, const T* k, const float* closeness, const float* bias, const float* direction, const std::uint8_t* mask,
-                   i64* assignment, i64* selected, i64 B, i64 H, i64 Lq, i64 Lk, int d, int G, int top_k, const i64* qs, const i64* ks,
-                   int unit_keys, int threads) {
-    constexpr int W = LANES<float>, TOKENS = 512;
-    const i64 QP = 2048, KP = 8192;  // queries, keys per piece of work
-    const i64 qpieces = (Lq + QP - 1) / QP, kpieces = (Lk + KP - 1) / KP;
-    int failed = 0;
-
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (i64 item = 0; item < B * H * qpieces; ++item) {
-        const i64 b = item / qpieces / H, h = item / qpieces % H, from = item % qpieces * QP, to = std::min(Lq, from + QP);
-        Workspace& w = workspace();
-        const int Tp = padded<float>(std::min<i64>(TOKENS, to - from));
-        w.reserve(bytes_of<float>({std::size_t(d) * Tp, std::size_t(G) * Tp}));
-        float* qt = w.take<float>(std::size_t(d) * Tp);
-        float* score = w.take<float>(std::size_t(G) * Tp);
-        const float* offset = bias + h * G;
-        for (i64 t = from; t < to; t += TOKENS) {
-            const int n = int(std::min<i64>(TOKENS, to - t)), np = padded<float>(n);
-            gather_transposed(q + b * qs[0] + h * qs[1] + t * qs[2], qs[2], static_cast<const std::int32_t*>(nullptr), n, d, qt, np);
-            multiply<float, false>(closeness + h * G * d, d, 1, qt, np, score, np, G, np, d);
-            for (int j = 0; j < np; j += W) {
-                vfloat best = at(score + j) + offset[0];
-                vint which = {};
-                for (int g = 1; g < G; ++g) {
-                    const vfloat s = at(score + i64(g) * np + j) + offset[g];
-                    const vint more = s > best;
-                    best = more ? s : best;
-                    which = more ? vint{} + g : which;
-                }
-                for (int l = 0; l < W && j + l < n; ++l) assignment[(b * H + h) * Lq + t + j + l] = which[l];
-            }
-        }
-    }
-
-    // Every piece of the keys chooses its own best; where there are several pieces, the best of those follow.
-    std::unique_ptr<std::int32_t[]> found;
-    if (kpieces > 1 && !(found = std::unique_ptr<std::int32_t[]>(new (std::nothrow) std::int32_t[std::size_t(B * H * kpieces * G) * top_k * 2])))
-        return NO_MEMORY;
-    std::vector<std::int32_t> counts(std::size_t(kpieces > 1 ? B * H * kpieces * G : 0));
-#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
-    for (i64 item = 0; item < B * H * kpieces; ++item) {
-        try {
-            const i64 b = item / kpieces / H, h = item / kpieces % H, from = item % kpieces * KP, to = std::min(Lk, from + KP);
-            const int room = int(std::min<i64>(to - from, std::max(2 * top_k, TOKENS) + TOKENS)) + 8;  // candidates of a group
-            const int Tp = padded<float>(std::min<i64>(TOKENS, to - from));
-            Workspace& w = workspace();
-            w.reserve(bytes_of<float>({std::size_t(d) * Tp, std::size_t(G) * Tp, std::size_t(G), std::size_t(G) * room, std::size_t(G) * room,
-                                       std::size_t(G) * (sizeof(TopK) / 4 + 1)}));
-            float* kt = w.take<float>(std::size_t(d) * Tp);
-            float* score = w.take<float>(std::size_t(G) * Tp);
-            std::int32_t* bar = w.take<std::int32_t>(std::size_t(G));
-            std::int32_t* scores = w.take<std::int32_t>(std::size_t(G) * room);
-            std::int32_t* indices = w.take<std::int32_t>(std::size_t(G) * room);
-            TopK* top = w.take<TopK>(std::size_t(G));
-            for (int g = 0; g < G; ++g) {
-                top[g] = TopK{scores + i64(g) * room, indices + i64(g) * room, 0};
-                bar[g] = NEVER;
-            }
-            for (i64 t = from; t < to; t += TOKENS) {
-                const int n = int(std::min<i64>(TOKENS, to - t)), np = padded<float>(n);
-                gather_transposed(k + b * ks[0] + h * ks[1] + t * ks[2], ks[2], static_cast<const std::int32_t*>(nullptr), n, d, kt, np);
-                if (unit_keys) unit_columns(kt, d, np);
-                multiply<float, false>(direction + h * G * d, d, 1, kt, np, score, np, G, np, d);
-                to_ordered(score, G * np);
-                std::int32_t* value = reinterpret_cast<std::int32_t*>(score);
-                std::int32_t place[TOKENS];
-                for (int j = 0; j < n; ++j) place[j] = std::int32_t(t + j);
-                for (int j = 0; mask && j < n; ++j)
-                    for (int g = 0; !mask[b * Lk + t + j] && g < G; ++g) value[g * np + j] = NEVER;
-                for (int g = 0; g < G; ++g) {
-                    top[g].add(value + g * np, place, n, bar[g]);
-                    if (top[g].n > room - 8 - TOKENS) bar[g] = top[g].shrink(top_k);
-                }
-            }
-            for (int g = 0; g < G; ++g) {
-                top[g].shrink(top_k);
-                if (kpieces == 1) {
-                    for (int j = 0; j < top_k; ++j) selected[(item * G + g) * top_k + j] = top[g].index[j];
-                } else {
-                    const std::size_t place = std::size_t(item * G + g);
-                    counts[place] = top[g].n;
-                    std::copy(top[g].score, top[g].score + top[g].n, &found[place * top_k * 2]);
-                    std::copy(top[g].index, top[g].index + top[g].n, &found[place * top_k * 2 + top_k]);
-                }
-            }
-        } catch (const std::bad_alloc&) { failed |= 1; }
-    }
-    if (failed) return NO_MEMORY;
-    if (kpieces == 1) return OK;
-
-#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
-    for (i64 item = 0; item < B * H * G; ++item) {
-        try {
-            const i64 bh = item / G, g = item % G;
-            Workspace& w = workspace();
-            w.reserve(bytes_of<std::int32_t>({std::size_t(kpieces) * top_k, std::size_t(kpieces) * top_k}));
-            TopK all{w.take<std::int32_t>(std::size_t(kpieces) * top_k), w.take<std::int32_t>(std::size_t(kpieces) * top_k), 0};
-            for (i64 p = 0; p < kpieces; ++p) {
-                const std::size_t place = std::size_t((bh * kpieces + p) * G + g);
-                const std::int32_t* from = &found[place * top_k * 2];
-                std::copy(from, from + counts[place], all.score + all.n);
-                std::copy(from + top_k, from + top_k + counts[place], all.index + all.n);
-                all.n += counts[place];
-            }
-            all.shrink(top_k);
-            for (int j = 0; j < top_k; ++j) selected[item * top_k + j] = all.index[j];
-        } catch (const std::bad_alloc&) { failed |= 1; }
-    }
-    return failed ? NO_MEMORY : OK;
-}
 
 // ---------------------------------------------------------------------------------------------------------------- pieces of work
 struct Shape {
@@ -487,18 +67,6 @@ inline int gather_indices(const Shape& s, const i64* selected, const std::uint8_
     for (int j = 0; j < s.K; ++j)
         if (!m || m[chosen[j]]) out[n++] = std::int32_t(chosen[j]);
     return n;
-}
-
-// Rows x[index[r]] as packed rows of `ld`, times a factor; index == nullptr takes rows 0, 1, 2, ...
-template <class T, class C>
-inline void gather(const T* x, i64 stride, const std::int32_t* index, int n, int d, C factor, C* out, int ld) {
-    for (int r = 0; r < n; ++r) {
-        const T* row = x + (index ? index[r] : r) * stride;
-        if (r + AHEAD < n) prefetch(x + (index ? index[r + AHEAD] : r + AHEAD) * stride, d);
-        C* to = out + i64(r) * ld;
-        for (int i = 0; i < d; ++i) to[i] = C(load(row[i])) * factor;
-        for (int i = d; i < ld; ++i) to[i] = 0;
-    }
 }
 
 // Turns scores into weights before division by their sum; gives (largest score, sum), (-inf, 0) if every score is -inf.
@@ -568,8 +136,7 @@ int forward_dense(const T* q, const T* k, const T* v, const i64* assignment, con
     for (i64 bh = 0; bh < s.B * s.H; ++bh) {
         try {
             const i64 b = bh / s.H, h = bh % s.H;
-            Workspace& w = workspace();
-            w.reserve(bytes_of<C>({std::size_t(s.G) * Lp, std::size_t(s.d) * Lp, std::size_t(L) * dp, std::size_t(TILE) * s.d,
+            Workspace& w = workspace(bytes_of<C>({std::size_t(s.G) * Lp, std::size_t(s.d) * Lp, std::size_t(L) * dp, std::size_t(TILE) * s.d,
                                    std::size_t(TILE) * Lp, std::size_t(TILE) * dp}));
             C* bias = w.take<C>(std::size_t(s.G) * Lp);
             C* kt = w.take<C>(std::size_t(s.d) * Lp);
@@ -614,8 +181,7 @@ int backward_dense(const T* g, const T* q, const T* k, const T* v, const i64* as
     for (i64 bh = 0; bh < s.B * s.H; ++bh) {
         try {
             const i64 b = bh / s.H, h = bh % s.H;
-            Workspace& w = workspace();
-            w.reserve(bytes_of<C>({std::size_t(s.G) * Lp, std::size_t(s.d) * Lp, std::size_t(s.dv) * Lp, std::size_t(L) * dp, std::size_t(L) * dp,
+            Workspace& w = workspace(bytes_of<C>({std::size_t(s.G) * Lp, std::size_t(s.d) * Lp, std::size_t(s.dv) * Lp, std::size_t(L) * dp, std::size_t(L) * dp,
                                    std::size_t(L) * vp, std::size_t(TILE) * dp, std::size_t(TILE) * vp, std::size_t(TILE) * Lp,
                                    std::size_t(TILE) * Lp, std::size_t(TILE) * dp}));
             C* bias = w.take<C>(std::size_t(s.G) * Lp);
@@ -684,8 +250,7 @@ int forward(const T* q, const T* k, const T* v, const i64* assignment, const i64
         try {
             const Piece& p = pieces[std::size_t(item)];
             const i64 b = p.bh / s.H, h = p.bh % s.H;
-            Workspace& w = workspace();
-            w.reserve(bytes_of<C>({std::size_t(Kp), std::size_t(s.d) * Kp, std::size_t(s.K) * dp, std::size_t(TILE) * s.d, std::size_t(TILE) * Kp,
+            Workspace& w = workspace(bytes_of<C>({std::size_t(Kp), std::size_t(s.d) * Kp, std::size_t(s.K) * dp, std::size_t(TILE) * s.d, std::size_t(TILE) * Kp,
                                    std::size_t(TILE) * dp}));
             std::int32_t* index = w.take<std::int32_t>(Kp);
             C* kt = w.take<C>(std::size_t(s.d) * Kp);
@@ -804,9 +369,8 @@ int backward(const T* g, const T* q, const T* k, const T* v, const i64* assignme
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
         for (i64 bh = 0; bh < s.B * s.H; ++bh) {
             try {
-                Workspace& w = workspace();
                 for (auto p = first_piece(bh); p != pieces.end() && p->bh == bh; ++p) {
-                    w.reserve(scratch);
+                    Workspace& w = workspace(scratch);
                     std::int32_t* index = w.take<std::int32_t>(Kp);
                     C* dkp = w.take<C>(std::size_t(s.K) * dp);
                     C* dvp = w.take<C>(std::size_t(s.K) * vp);
@@ -824,8 +388,7 @@ int backward(const T* g, const T* q, const T* k, const T* v, const i64* assignme
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
     for (i64 item = 0; item < i64(pieces.size()); ++item) {
         try {
-            Workspace& w = workspace();
-            w.reserve(scratch);
+            Workspace& w = workspace(scratch);
             C* dkp = &partial[std::size_t(item) * s.K * (dp + vp)];
             differentiate_piece(pieces[std::size_t(item)], w.take<std::int32_t>(Kp), dkp, dkp + i64(s.K) * dp, w);
         } catch (const std::bad_alloc&) { failed |= 1; }
@@ -837,8 +400,7 @@ int backward(const T* g, const T* q, const T* k, const T* v, const i64* assignme
     for (i64 job = 0; job < s.B * s.H * slices; ++job) {
         try {
             const i64 bh = job / slices, low = s.Lk * (job % slices) / slices, high = s.Lk * (job % slices + 1) / slices;
-            Workspace& w = workspace();
-            w.reserve(scratch);
+            Workspace& w = workspace(scratch);
             std::int32_t* index = w.take<std::int32_t>(Kp);
             for (auto p = first_piece(bh); p != pieces.end() && p->bh == bh; ++p) {
                 const C* dkp = &partial[std::size_t(p - pieces.begin()) * s.K * (dp + vp)];
