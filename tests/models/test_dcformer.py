@@ -74,7 +74,7 @@ def test_configuration_survives_a_file(tmp_path):
     ],
 )
 def test_bad_configurations(settings, message):
-    with pytest.raises(Exception, match=message):  # transformers wraps what its validation raises
+    with pytest.raises(ValueError, match=message):
         DCFormerConfig(**{**PLUS, **settings})
 
 

@@ -7,13 +7,15 @@ The maps over the heads start nearly as the identity, so that training starts as
 
 from typing import Any
 
+from jaxtyping import Float
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import register_notrace_module
 from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs
 from timm.models.vision_transformer import checkpoint_filter_fn
-from torch import nn
+from torch import Tensor, nn
 
 from coterie.attention import ComposableMultiHeadAttention, replace_attention
+from coterie.models._checks import check_images
 from coterie.models._registry import register_vision_model
 
 __all__ = ["ComposableVisionTransformer"]
@@ -39,6 +41,16 @@ class ComposableVisionTransformer(VisionTransformer):
         report = replace_attention(self, "composable", **(attention_options or {}))
         for name, reason in report.skipped.items():
             raise ValueError(f"{name} cannot be composable: {reason}")
+
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Float[Tensor, "batch classes"]:
+        """Logits of images; the other arguments are timm's."""
+        return super().forward(check_images(x, self.in_chans), attn_mask=attn_mask, is_causal=is_causal)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay should spare, beyond those of one dimension."""
+        return {name for name in super().no_weight_decay() if getattr(self, name, None) is not None}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -95,9 +95,10 @@ class DCFormerConfig(PreTrainedConfig):
         if self.layer_types is None:
             self.layer_types = _layer_types(self.layer_pattern, self.num_hidden_layers)
         super().__post_init__(**kwargs)
+        self._check_values()  # not by transformers' validation, which wraps errors in one of its own
 
-    def validate_architecture(self) -> None:
-        """The values fit each other; called by transformers."""
+    def _check_values(self) -> None:
+        """The values fit each other."""
         _check_at_least_1(self, "num_key_value_heads", "head_dim", "intermediate_size", "composition_rank")
         if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
