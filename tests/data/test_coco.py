@@ -129,6 +129,7 @@ def test_the_layouts_in_use(tmp_path, coco_folder, layout):
         ({**BOX, "category_id": 5}, "unknown category 5"),
         ({**BOX, "category_id": "cat"}, "unknown category 'cat'"),
         ({**BOX, "image_id": 999}, "there is no image of the id 999"),
+        ({**BOX, "image_id": [100]}, "there is no image of the id [100]"),
         ({**MASK, "segmentation": {"size": [8, 8], "counts": [64]}}, "its mask is of size [8, 8], the picture of"),
         ({**MASK, "segmentation": [[1, 2, 3]]}, "a polygon of its mask"),
     ],
@@ -168,6 +169,7 @@ def test_a_box_over_the_edge_is_clipped(coco_folder, caplog):
         (lambda d: d.update(images={}), "no list 'images'"),
         (lambda d: d["images"].clear(), "no images"),
         (lambda d: d["images"][0].pop("file_name"), "lacks an id or a file_name"),
+        (lambda d: d["images"][0].update(id=[1]), "lacks an id or a file_name"),
         (lambda d: d["images"].append(d["images"][0]), "two images of the id 100"),
         (lambda d: d["categories"].append({"id": 3, "name": "cow"}), "two categories of the number 3"),
         (lambda d: d["categories"].append({"id": 4, "name": "dog"}), "or the name 'dog'"),
@@ -209,11 +211,11 @@ def test_other_mistakes_are_named(tmp_path, coco_folder):
 
 def test_sizes_that_the_file_does_not_state_are_read(coco_folder):
     def forget(split, document):
-        for image in document["images"]:
-            del image["width"]
+        del document["images"][0]["width"]
+        document["images"][-1]["height"] = 10**30
 
     source = opened(coco_folder(train=[[MASK], [MASK]], val=[[MASK]], change=forget))
-    assert source.splits["train"].target(0).size == (16, 20)
+    assert [source.splits["train"].target(index).size for index in range(2)] == [(16, 20)] * 2
 
 
 def test_a_picture_of_another_size_is_a_bad_sample(coco_folder, encoded):

@@ -25,6 +25,10 @@ from coterie.data.source import DataSource, ImageDataset, split_of
 from coterie.data.stores import Folder, Store, Tar, find_store
 
 
+_LONGEST = 2**20
+"""Pixels on a side that are taken for a mistake."""
+
+
 def open_coco(path: str, *, max_bad_share: float = MAX_BAD_SHARE) -> DataSource:
     """Open a COCO json file, or a folder of them with their pictures.
 
@@ -117,7 +121,7 @@ def _read_split(
     table = InstanceTable(shown, len(set(numbers.values())))
     pictures: dict[Any, dict[str, Any]] = {}
     for picture in document["images"]:
-        if not isinstance(picture, dict) or not isinstance(picture.get("file_name"), str) or "id" not in picture:
+        if not isinstance(picture, dict) or not isinstance(picture.get("file_name"), str) or not _is_id(picture):
             raise ValueError(f"{shown}: image {picture!r} lacks an id or a file_name")
         if picture["id"] in pictures:
             raise ValueError(f"{shown}: two images of the id {picture['id']!r}")
@@ -128,7 +132,7 @@ def _read_split(
     by_picture: dict[Any, list[dict[str, Any]]] = {key: [] for key in pictures}
     for annotation in document["annotations"]:
         key = annotation.get("image_id") if isinstance(annotation, dict) else None
-        if key in by_picture:
+        if isinstance(key, int | str) and key in by_picture:
             by_picture[key].append(annotation)
         else:
             table.seen += 1
@@ -150,6 +154,10 @@ def _read_split(
     return table.finish(store, max_bad_share)
 
 
+def _is_id(picture: Mapping[str, Any]) -> bool:
+    return isinstance(picture.get("id"), int | str)
+
+
 def _corners(box: Any) -> Any:
     """COCO's left, top, width, height as corners; what is no box is passed on, to be named."""
     try:
@@ -162,7 +170,7 @@ def _corners(box: Any) -> Any:
 def _size(picture: Mapping[str, Any], store: Store, shown: str) -> tuple[int, int]:
     """(height, width) by the annotation file, or of the picture where the file does not say."""
     size = picture.get("height"), picture.get("width")
-    if all(isinstance(side, int) and side > 0 for side in size):
+    if all(isinstance(side, int) and 0 < side < _LONGEST for side in size):
         return size  # type: ignore[return-value]
     name = picture["file_name"]
     try:
