@@ -24,7 +24,6 @@ from coterie.data.instances import InstanceTable
 from coterie.data.source import DataSource, ImageDataset, split_of
 from coterie.data.stores import Folder, Store, Tar, find_store
 
-
 _LONGEST = 2**20
 """Pixels on a side that are taken for a mistake."""
 
