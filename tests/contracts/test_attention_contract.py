@@ -248,6 +248,6 @@ def test_registration_refuses_doubles_and_undeclared_abilities():
     for declared in ({}, {"grid_dims": frozenset({4}), "patterns": frozenset({"bidirectional self"})}):
         with pytest.raises(ValueError, match="grid_dims must be a non-empty subset"):
             register_attention("new")(type("New", (GridAttention,), declared))
-    with pytest.raises(ValueError, match=r"attention must be one of 'cross_shaped_window', .*, got 'local'"):
+    with pytest.raises(ValueError, match=r"attention must be one of 'composable', .*, got 'local'"):
         create_attention("local", 12, 3)
     assert "new" not in list_attention()
