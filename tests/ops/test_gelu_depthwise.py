@@ -42,6 +42,30 @@ def test_wide_rows_and_many_channels():
     torch.testing.assert_close(ops.gelu_depthwise(*arguments, backend="cpu"), want, rtol=1e-5, atol=2e-5)
 
 
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.tuples(*[st.integers(1, 12)] * 3, st.integers(1, 5)), seed=st.integers(0, 2**16))
+def test_gelu_affine_is_as_exact_as_plain_torch(sizes, seed):
+    torch.manual_seed(seed)
+    x, scale, shift, *_ = inputs(*sizes[:3], 16 * sizes[3])
+    exact = ops.gelu_affine(x.double(), scale.double(), shift.double())
+    plain = ops.gelu_affine(x, scale, shift, backend="reference")
+    fused = ops.gelu_affine(x.transpose(1, 2), scale, shift, backend="cpu").transpose(1, 2)
+    budget = 2 * (plain - exact).abs().max() + 4 * torch.finfo(torch.float32).eps * exact.abs().max().clamp_min(1)
+    assert (fused - exact).abs().max() <= budget
+
+
+def test_gelu_affine_is_well_formed_and_names_wrong_arguments():
+    x, scale, shift, *_ = inputs(2, 3, 4, 16)
+    torch.library.opcheck(
+        torch.ops.coterie.gelu_affine, (x, scale, shift), test_utils=("test_schema", "test_faketensor")
+    )
+    with pytest.raises(ValueError, match="x and shift must agree in dim, got 16 and 8"):
+        ops.gelu_affine(x, scale, torch.randn(8))
+    scale.requires_grad_()
+    ops.gelu_affine(x, scale, shift).sum().backward()
+    torch.testing.assert_close(scale.grad, torch.nn.functional.gelu(x).sum((0, 1, 2)))
+
+
 def test_the_offset_is_a_bias_of_the_input():
     torch.manual_seed(0)
     x, *rest = inputs(1, 4, 5, 16)

@@ -11,10 +11,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from coterie.ops._state import autocasting
+
 
 def stands_still(*norms: _BatchNorm) -> bool:
     """Whether each of these batch normalisations uses its running statistics, so that it is a fixed affine map."""
     return all(not norm.training and norm.running_mean is not None for norm in norms)
+
+
+def in_one_pass(norm: _BatchNorm, x: Tensor) -> bool:
+    """Whether GELU and the normalisation after it are one pass over memory here: inference on the CPU in float32."""
+    plain = x.is_cpu and x.dtype == torch.float32 and not autocasting("cpu")
+    return plain and not torch.is_grad_enabled() and stands_still(norm)
 
 
 def as_affine(norm: _BatchNorm) -> tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]]:

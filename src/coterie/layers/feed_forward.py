@@ -5,18 +5,16 @@ Guo et al., "CMT: Convolutional Neural Networks Meet Vision Transformers", arXiv
     x -> Linear -> GELU -> BN -> (identity + 3x3 depthwise convolution) -> GELU -> BN -> Linear -> BN
 """
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from coterie.layers.batch_norm import as_affine, fold_around, stands_still
+from coterie.layers.batch_norm import as_affine, fold_around, in_one_pass, stands_still
 from coterie.layers.depthwise import residual_depthwise
 from coterie.layers.layout import to_grid, to_map
 from coterie.layers.padding import batch_norm
 from coterie.ops import gelu_depthwise
-from coterie.ops._state import autocasting
 
 
 @register_notrace_module  # looks at dtypes, which torch.fx cannot follow
@@ -48,7 +46,7 @@ class InvertedResidualFeedForward(nn.Module):
         With a mask (True = a real token) padding changes nothing inside: the depthwise convolution reads zeros there,
         and the statistics of the batch normalisations leave it out.
         """
-        if mask is None and self._fused(x):
+        if mask is None and in_one_pass(self.norm1, x):
             conv = self.depthwise
             assert conv.bias is not None
             x, offset = F.linear(x, self.expand.weight), self.expand.bias
@@ -60,8 +58,3 @@ class InvertedResidualFeedForward(nn.Module):
             return F.linear(to_grid(x), *fold_around(self.norm2, self.project, self.norm3))
         x = self.project(to_grid(batch_norm(self.norm2, x, mask)))
         return to_grid(batch_norm(self.norm3, to_map(x), mask))
-
-    def _fused(self, x: Tensor) -> bool:
-        """Whether the middle runs in one pass over memory: inference on the CPU in float32."""
-        plain = x.is_cpu and x.dtype == torch.float32 and not autocasting("cpu")
-        return plain and not torch.is_grad_enabled() and stands_still(self.norm1)

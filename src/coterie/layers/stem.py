@@ -5,7 +5,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from coterie.layers.batch_norm import as_affine, in_one_pass
+from coterie.layers.layout import to_grid, to_map
 from coterie.layers.padding import batch_norm, strided, zero_padding
+from coterie.ops import gelu_affine
 
 
 class ConvStem(nn.Module):
@@ -38,6 +41,10 @@ class ConvStem(nn.Module):
         """
         x = zero_padding(x.contiguous(memory_format=torch.channels_last), mask)
         mask = strided(mask, self.conv1.stride[0])
-        x = batch_norm(self.norm1, F.gelu(self.conv1(x)), mask)
-        x = batch_norm(self.norm2, F.gelu(self.conv2(x)), mask)
-        return batch_norm(self.norm3, F.gelu(self.conv3(x)), mask)
+        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2), (self.conv3, self.norm3)):
+            x = conv(x)
+            if mask is None and in_one_pass(norm, x):
+                x = to_map(gelu_affine(to_grid(x), *as_affine(norm)))
+            else:
+                x = batch_norm(norm, F.gelu(x), mask)
+        return x

@@ -5,7 +5,7 @@ why."""
 from coterie.ops._dispatch import BackendUnavailable, Explanation, explain, operations
 from coterie.ops.composable import HeadComposition, composable_attention
 from coterie.ops.dynamic_group import dynamic_group_attention, dynamic_groups, grouped_attention
-from coterie.ops.gelu_depthwise import gelu_depthwise
+from coterie.ops.gelu_depthwise import gelu_affine, gelu_depthwise
 
 __all__ = [
     "BackendUnavailable",
@@ -15,6 +15,7 @@ __all__ = [
     "dynamic_group_attention",
     "dynamic_groups",
     "explain",
+    "gelu_affine",
     "gelu_depthwise",
     "grouped_attention",
     "operations",

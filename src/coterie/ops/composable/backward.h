@@ -35,37 +35,37 @@ struct Gradients {
     C *query, *key, *fixed;
 };
 
-// weights exp(x - lse) in place
+// weight = exp(x - lse)
 template <class C>
-inline void weigh(C* x, const C* lse, int N, int rows, i64 stride) {
+inline void weigh(const C* x, C* weight, const C* lse, int N, int rows, i64 stride) {
     for (int t = 0; t < rows; ++t)
         for (int n = 0; n < N; ++n)
-            for (int c = 0; c < TS; c += LANES<C>) {
-                vec<C>& y = at(x + t * stride + n * TS + c);
-                y = exponential(y - lse[t * N + n]);
-            }
+            for (i64 c = t * stride + n * TS; c < t * stride + (n + 1) * TS; c += LANES<C>)
+                at(weight + c) = exponential(at(x + c) - lse[t * N + n]);
 }
 
-// δ, lane by lane
+// δ, lane by lane; `kept` becomes a copy of y.
 template <class C>
-inline void add_products(const C* x, const C* y, C* sums, int N, int rows, i64 stride) {
+inline void add_products(const C* x, const C* y, C* kept, C* sums, int N, int rows, i64 stride) {
     constexpr int W = LANES<C>;
     for (int t = 0; t < rows; ++t)
         for (int n = 0; n < N; ++n) {
             vec<C>& sum = at(sums + (t * N + n) * W);
-            for (int c = 0; c < TS; c += W) sum += at(x + t * stride + n * TS + c) * at(y + t * stride + n * TS + c);
+            for (i64 c = t * stride + n * TS; c < t * stride + (n + 1) * TS; c += W) {
+                const vec<C> g = at(y + c);
+                at(kept + c) = g;
+                sum += at(x + c) * g;
+            }
         }
 }
 
-// dy = weight·(dy - δ)
+// dx = weight·(dy - δ)
 template <class C>
-inline void through_softmax(const C* weight, C* dy, const C* delta, int N, int rows, i64 stride) {
+inline void through_softmax(const C* weight, const C* dy, const C* delta, C* dx, int N, int rows, i64 stride) {
     for (int t = 0; t < rows; ++t)
         for (int n = 0; n < N; ++n)
-            for (int c = 0; c < TS; c += LANES<C>) {
-                vec<C>& g = at(dy + t * stride + n * TS + c);
-                g = at(weight + t * stride + n * TS + c) * (g - delta[t * N + n]);
-            }
+            for (i64 c = t * stride + n * TS; c < t * stride + (n + 1) * TS; c += LANES<C>)
+                at(dx + c) = at(weight + c) * (at(dy + c) - delta[t * N + n]);
 }
 
 // out[head][TS][ld] += xᵀ·panels of all heads
@@ -124,11 +124,11 @@ int backward(const T* g, const T* q, const T* k, const T* v, const Sides<C>& pre
     try {
         const auto u = [](i64 n) { return std::size_t(n); };
         const i64 lanes = i64(R) * N * W, fixed_lanes = i64(N) * N * W;
-        Workspace w(bytes_of<C>({u(longest * tile), u(longest * tile), u(longest * tile), u(tile), u(tile), u(R * hstride), u(R * hstride),
+        Workspace w(bytes_of<C>({u(longest * tile), u(longest * tile), u(longest * tile), u(tile), u(tile), u(tile), u(R * hstride), u(R * hstride),
                                  u(R * N * s.d), u(R * N * dp), u(R * N * s.dv), u(R * N * vp), u(R * N * dp), u(R * TS), u(R * N), u(lanes),
                                  u(R * N), u(R * pre_width * W), u(R * post_width * W), u(fixed_lanes), u(fixed_lanes), u(longest)}));
         C *scores = w.take<C>(u(longest * tile)), *weights = w.take<C>(u(longest * tile)), *slopes = w.take<C>(u(longest * tile));
-        C *x = w.take<C>(u(tile)), *y = w.take<C>(u(tile)), *h = w.take<C>(u(R * hstride)), *dh = w.take<C>(u(R * hstride));
+        C *x = w.take<C>(u(tile)), *y = w.take<C>(u(tile)), *z = w.take<C>(u(tile)), *h = w.take<C>(u(R * hstride)), *dh = w.take<C>(u(R * hstride));
         C *qr = w.take<C>(u(R * N * s.d)), *qp = w.take<C>(u(R * N * dp)), *gr = w.take<C>(u(R * N * s.dv)), *gp = w.take<C>(u(R * N * vp));
         C *dqs = w.take<C>(u(R * N * dp)), *bias = w.take<C>(u(R * TS)), *norm = w.take<C>(u(R * N)), *sums = w.take<C>(u(lanes));
         C *delta = w.take<C>(u(R * N)), *dpre_query = w.take<C>(u(R * pre_width * W)), *dpost_query = w.take<C>(u(R * post_width * W));
@@ -159,17 +159,18 @@ int backward(const T* g, const T* q, const T* k, const T* v, const Sides<C>& pre
                 const Cover c = cover(s, mask, b, t0, m, j, bias);
                 seen[j - j0] = c != NONE;
                 if (c == NONE) continue;
-                C *score_j = scores + (j - j0) * tile, *weight = weights + (j - j0) * tile, *slope = slopes + (j - j0) * tile;
+                C* weight = weights + (j - j0) * tile;
                 const i64 place = (b * J + j) * s.HK;
-                score(qr, kt + place * ktsize, ktsize, score_j, N, group, m, R, s.d, stride);
-                compose<C>(pre.at_block(s, b, t0, j), false, score_j, weight, nullptr, 0, m, stride);
-                if (c == SOME) apply(bias, weight, N, m, stride);
-                weigh(weight, norm, N, m, stride);
+                score(qr, kt + place * ktsize, ktsize, x, N, group, m, R, s.d, stride);
+                std::copy(x, x + m * stride, scores + (j - j0) * tile);
+                compose<C>(pre.at_block(s, b, t0, j), false, x, y, nullptr, 0, m, stride);
+                if (c == SOME) apply(bias, y, N, m, stride);
+                weigh(y, weight, norm, N, m, stride);
                 score(gr, vt + place * vtsize, vtsize, x, N, group, m, R, s.dv, stride);
                 const Maps<C> maps = post.at_block(s, b, t0, j);
                 compose<C>(maps, false, weight, y, h, hstride, m, stride);
-                compose<C>(maps, true, x, slope, dh, hstride, m, stride);
-                add_products(weight, slope, sums, N, m, stride);
+                compose<C>(maps, true, x, z, dh, hstride, m, stride);
+                add_products(weight, z, slopes + (j - j0) * tile, sums, N, m, stride);
                 query_gradient(maps, weight, x, h, dh, hstride, dpost_query, m, stride);
                 fixed_gradient(maps, weight, x, dpost_fixed, m, stride);
                 if (before >= 0) first.wait(before, j + 1);
@@ -183,21 +184,21 @@ int backward(const T* g, const T* q, const T* k, const T* v, const Sides<C>& pre
             sum_lanes(sums, delta, i64(m) * N);
             for (i64 j = j0; j < j1; ++j) {
                 if (!seen[j - j0]) continue;
-                C *score_j = scores + (j - j0) * tile, *weight = weights + (j - j0) * tile, *slope = slopes + (j - j0) * tile;
+                const C* score_j = scores + (j - j0) * tile;
                 const i64 place = (b * J + j) * s.HK;
                 const Maps<C> maps = pre.at_block(s, b, t0, j);
-                through_softmax(weight, slope, delta, N, m, stride);
+                through_softmax(weights + (j - j0) * tile, slopes + (j - j0) * tile, delta, y, N, m, stride);
                 if (pre_rank) compose<C>(maps, false, score_j, nullptr, h, hstride, m, stride);
-                compose<C>(maps, true, slope, x, dh, hstride, m, stride);
-                query_gradient(maps, score_j, slope, h, dh, hstride, dpre_query, m, stride);
-                fixed_gradient(maps, score_j, slope, dpre_fixed, m, stride);
+                compose<C>(maps, true, y, x, dh, hstride, m, stride);
+                query_gradient(maps, score_j, y, h, dh, hstride, dpre_query, m, stride);
+                fixed_gradient(maps, score_j, y, dpre_fixed, m, stride);
                 for (int n = 0; n < N; ++n) {
                     const C* panel = kr + (place + n / group) * ksize;
                     multiply_panels<C, true>(x + n * TS, stride, 1, panel, dp / (2 * W), dqs + i64(n) * R * dp, dp, m, TS, panel + ksize,
                                              ksize * i64(sizeof(C)));
                 }
                 if (before >= 0) second.wait(before, j + 1);
-                key_gradient(maps, score_j, slope, h, dh, hstride, dpre.key + (b * J + j) * maps.key_width() * TS, m, stride);
+                key_gradient(maps, score_j, y, h, dh, hstride, dpre.key + (b * J + j) * maps.key_width() * TS, m, stride);
                 add_to_keys(x, qp, dks + place * ksize, N, group, m, R, dp, stride);
                 second.set(item, j + 1);
             }

@@ -8,16 +8,17 @@
 
 namespace {
 
-// exp(x - running peak) in place, row by row; `peak` and `total` follow, `peaks` remembers what was taken off.
+// e = exp(x - running peak), row by row; `peak` and `total` follow, `peaks` remembers what was taken off.
 template <class C>
-inline void soften(C* x, int N, int rows, i64 stride, C* peak, C* total, C* peaks) {
+inline void soften(const C* x, C* e, int N, int rows, i64 stride, C* peak, C* total, C* peaks) {
     constexpr int W = LANES<C>;
     for (int t = 0; t < rows; ++t)
         for (int n = 0; n < N; ++n) {
-            C* row = x + t * stride + n * TS;
+            const C* from = x + t * stride + n * TS;
+            C* to = e + t * stride + n * TS;
             const int i = t * N + n;
-            vec<C> most = at(row);
-            for (int c = W; c < TS; c += W) most = at(row + c) > most ? at(row + c) : most;
+            vec<C> most = at(from);
+            for (int c = W; c < TS; c += W) most = at(from + c) > most ? at(from + c) : most;
             const C high = horizontal_max<C>(most);
             if (high > peak[i]) {
                 total[i] *= std::exp(peak[i] - high);  // exp(-inf) = 0 at first
@@ -26,12 +27,23 @@ inline void soften(C* x, int N, int rows, i64 stride, C* peak, C* total, C* peak
             const C off = peak[i] == -INF<C> ? C(0) : peak[i];
             vec<C> sum = {};
             for (int c = 0; c < TS; c += W) {
-                const vec<C> e = exponential(at(row + c) - off);
-                at(row + c) = e;
-                sum += e;
+                const vec<C> y = exponential(at(from + c) - off);
+                at(to + c) = y;
+                sum += y;
             }
             total[i] += horizontal_sum<C>(sum);
             peaks[i] = peak[i];
+        }
+}
+
+// weight = e·exp(what was taken off - peak) / total, with `total` inverted before
+template <class C>
+inline void normalise(const C* e, C* weight, int N, int rows, i64 stride, const C* peak, const C* total, const C* peaks) {
+    for (int t = 0; t < rows; ++t)
+        for (int n = 0; n < N; ++n) {
+            const int i = t * N + n;
+            const C factor = peaks[i] == peak[i] ? total[i] : total[i] * std::exp(peaks[i] - peak[i]);
+            for (int c = n * TS; c < (n + 1) * TS; c += LANES<C>) at(weight + t * stride + c) = at(e + t * stride + c) * factor;
         }
 }
 
@@ -57,11 +69,12 @@ int forward(const T* q, const T* k, const T* v, const Sides<C>& pre, const Sides
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         try {
-            Workspace w(bytes_of<C>({std::size_t(longest * tile), std::size_t(longest) * R * N, std::size_t(tile), std::size_t(R) * N * s.d,
+            Workspace w(bytes_of<C>({std::size_t(longest * tile), std::size_t(longest) * R * N, std::size_t(tile), std::size_t(tile), std::size_t(R) * N * s.d,
                                    std::size_t(R) * N * vp, std::size_t(R) * TS, std::size_t(R) * N, std::size_t(R) * N, std::size_t(longest)}));
             C* scratch = w.take<C>(std::size_t(longest * tile));
             C* peaks = w.take<C>(std::size_t(longest) * R * N);
             C* x = w.take<C>(std::size_t(tile));
+            C* z = w.take<C>(std::size_t(tile));
             C* qr = w.take<C>(std::size_t(R) * N * s.d);
             C* y = w.take<C>(std::size_t(R) * N * vp);
             C* bias = w.take<C>(std::size_t(R) * TS);
@@ -81,11 +94,10 @@ int forward(const T* q, const T* k, const T* v, const Sides<C>& pre, const Sides
                     const Cover c = cover(s, mask, b, t0, m, j, bias);
                     seen[j - j0] = c != NONE;
                     if (c == NONE) continue;
-                    C* e = scratch + (j - j0) * tile;
                     score(qr, kt + (b * J + j) * s.HK * ksize, ksize, x, N, group, m, R, s.d, stride);
-                    compose<C>(pre.at_block(s, b, t0, j), false, x, e, nullptr, 0, m, stride);
-                    if (c == SOME) apply(bias, e, N, m, stride);
-                    soften(e, N, m, stride, peak, total, peaks + (j - j0) * R * N);
+                    compose<C>(pre.at_block(s, b, t0, j), false, x, z, nullptr, 0, m, stride);
+                    if (c == SOME) apply(bias, z, N, m, stride);
+                    soften(z, scratch + (j - j0) * tile, N, m, stride, peak, total, peaks + (j - j0) * R * N);
                 }
                 for (int i = 0; i < m * N; ++i) {
                     lse[(b * N + i % N) * s.Lq + t0 + i / N] = total[i] == 0 ? -INF<C> : peak[i] + std::log(total[i]);
@@ -94,16 +106,8 @@ int forward(const T* q, const T* k, const T* v, const Sides<C>& pre, const Sides
                 }
                 for (i64 j = j0; j < j1; ++j) {
                     if (!seen[j - j0]) continue;
-                    C* e = scratch + (j - j0) * tile;
-                    const C* taken = peaks + (j - j0) * R * N;
-                    for (int t = 0; t < m; ++t)
-                        for (int n = 0; n < N; ++n) {
-                            const int i = t * N + n;
-                            const C factor = taken[i] == peak[i] ? total[i] : total[i] * std::exp(taken[i] - peak[i]);
-                            C* row = e + t * stride + n * TS;
-                            for (int c = 0; c < TS; c += W) at(row + c) *= factor;
-                        }
-                    compose<C>(post.at_block(s, b, t0, j), false, e, x, nullptr, 0, m, stride);
+                    normalise(scratch + (j - j0) * tile, z, N, m, stride, peak, total, peaks + (j - j0) * R * N);
+                    compose<C>(post.at_block(s, b, t0, j), false, z, x, nullptr, 0, m, stride);
                     const C* values = vr + (b * J + j) * s.HK * vsize;
                     for (int n = 0; n < N; ++n) {
                         const C* panel = values + n / group * vsize;

@@ -69,12 +69,17 @@ inline int gather_indices(const Shape& s, const i64* selected, const std::uint8_
     return n;
 }
 
-// Turns scores into weights before division by their sum; gives (largest score, sum), (-inf, 0) if every score is -inf.
+// Turns scores (plus a bias, if there is one) into weights before division by their sum; gives (largest score, sum), (-inf, 0) if every
+// score is -inf.
 template <class C>
-inline void soften(C* row, int n, C& peak, C& total) {
+inline void soften(C* row, const C* bias, int n, C& peak, C& total) {
     constexpr int W = LANES<C>;
+    if (bias) at(row) += at(bias);
     vec<C> most = at(row);
-    for (int j = W; j < n; j += W) most = at(row + j) > most ? at(row + j) : most;
+    for (int j = W; j < n; j += W) {
+        if (bias) at(row + j) += at(bias + j);
+        most = at(row + j) > most ? at(row + j) : most;
+    }
     peak = most[0];
     for (int l = 1; l < W; ++l) peak = std::max(peak, most[l]);
     total = 0;
@@ -117,19 +122,24 @@ int group_bias(const Shape& s, i64 bh, const i64* selected, const std::uint8_t* 
     const i64* chosen = selected + bh * s.G * s.K;
     const std::uint8_t* m = mask ? mask + bh / s.H * s.Lk : nullptr;
     std::fill(bias, bias + i64(s.G) * Lp, -std::numeric_limits<C>::infinity());
-    for (int g = 0; g < s.G; ++g)
+    bool bad = false;
+    for (int g = 0; g < s.G; ++g) {
+        C* row = bias + i64(g) * Lp;
         for (int j = 0; j < s.K; ++j) {
             const i64 key = chosen[i64(g) * s.K + j];
-            if (key < 0 || key >= s.Lk) return BAD_SELECTED;
-            if (!m || m[key]) bias[i64(g) * Lp + key] = 0;
+            const bool outside = std::uint64_t(key) >= std::uint64_t(s.Lk);
+            bad |= outside;
+            row[outside ? 0 : key] = 0;
         }
-    return OK;
+        for (i64 key = 0; m && key < s.Lk; ++key)
+            if (!m[key]) row[key] = -std::numeric_limits<C>::infinity();
+    }
+    return bad ? BAD_SELECTED : OK;
 }
 
 template <class T, class C>
 int forward_dense(const T* q, const T* k, const T* v, const i64* assignment, const i64* selected, const std::uint8_t* mask, T* out, C* lse,
                   const Shape& s, const i64* qs, const i64* ks, const i64* vs, double scale, int threads) {
-    constexpr int W = LANES<C>;
     const int L = int(s.Lk), Lp = padded<C>(L), dp = padded<C>(s.dv);
     int failed = 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : failed)
@@ -156,9 +166,7 @@ int forward_dense(const T* q, const T* k, const T* v, const i64* assignment, con
                 for (int r = 0; r < m; ++r) {
                     const i64 g = assignment[first + r];
                     if (g < 0 || g >= s.G) { failed = std::max(failed, BAD_ASSIGNMENT); peak[r] = total[r] = 0; continue; }
-                    C* row = score + i64(r) * Lp;
-                    for (int j = 0; j < Lp; j += W) at(row + j) += at(bias + g * Lp + j);
-                    soften(row, Lp, peak[r], total[r]);
+                    soften(score + i64(r) * Lp, bias + g * Lp, Lp, peak[r], total[r]);
                 }
                 multiply<C, false>(score, Lp, 1, vr, dp, y, dp, m, dp, L);
                 for (int r = 0; r < m; ++r)
@@ -280,7 +288,7 @@ int forward(const T* q, const T* k, const T* v, const i64* assignment, const i64
                 for (int r = 0; r < m; ++r) {
                     C* row = score + i64(r) * np;
                     for (int j = n; j < np; ++j) row[j] = -std::numeric_limits<C>::infinity();
-                    soften(row, np, peak[r], total[r]);
+                    soften(row, static_cast<const C*>(nullptr), np, peak[r], total[r]);
                 }
                 multiply<C, false>(score, np, 1, vr, dp, y, dp, m, dp, n);
                 for (int r = 0; r < m; ++r) {

@@ -70,6 +70,35 @@ def gelu_depthwise(
     return torch.ops.coterie.gelu_depthwise(*arguments)
 
 
+def gelu_affine(
+    x: Float[Tensor, "batch height width dim"],
+    scale: Float[Tensor, " dim"],
+    shift: Float[Tensor, " dim"],
+    *,
+    backend: str = "auto",
+) -> Float[Tensor, "batch height width dim"]:
+    """GELU(x) scale + shift in one pass: GELU and the batch normalisation after it, in inference.
+
+    Args:
+        x: (batch, height, width, dim).
+        scale, shift: (dim,).
+        backend: as in `gelu_depthwise`.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, a backend that is unknown or cannot serve the call.
+    """
+    op = "gelu_affine"
+    check.check_tensor(op, "x", x, "batch height width dim")
+    for name, value in (("scale", scale), ("shift", shift)):
+        check.check_tensor(op, name, value, "dim")
+        check.check_same(op, "dim", f"x and {name}", x.shape[3], value.shape[0])
+        check.check_same(op, "device", f"x and {name}", x.device, value.device)
+        check.check_same(op, "dtype", f"x and {name}", x.dtype, value.dtype)
+    if _AFFINE.choose(backend, _describe(x, scale, shift)) == "reference":
+        return reference.gelu_affine(x, scale, shift)
+    return torch.ops.coterie.gelu_affine(x, scale, shift)
+
+
 def _describe(x: Tensor, *others: Tensor, **_: Any) -> Call:
     return Call(
         device=x.device.type,
@@ -99,16 +128,12 @@ def _kernel_refusal() -> str | None:
 # What torch.compiler.assume_constant_result does; calling that at import would load the compiler, and triton with it.
 _kernel_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-_OPERATION = register(
-    Operation(
-        "gelu_depthwise",
-        (
-            Backend("cpu", "C++ kernel, one pass over memory, compiled on first use", _cpu_refusal),
-            Backend("reference", "torch operators", lambda call: None),
-        ),
-        _describe,
-    )
+_BACKENDS = (
+    Backend("cpu", "C++ kernel, one pass over memory, compiled on first use", _cpu_refusal),
+    Backend("reference", "torch operators", lambda call: None),
 )
+_OPERATION = register(Operation("gelu_depthwise", _BACKENDS, _describe))
+_AFFINE = register(Operation("gelu_affine", _BACKENDS, _describe))
 
 _library = torch.library.Library("coterie", "FRAGMENT")
 _library.define(
@@ -131,6 +156,26 @@ def _run(x: Tensor, offset: Tensor, scale: Tensor, shift: Tensor, weight: Tensor
 
 
 _library.impl("gelu_depthwise", _run, "CPU")
+_library.define("gelu_affine(Tensor x, Tensor scale, Tensor shift) -> Tensor")
+
+
+def _run_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    library = _cpp.load(_SOURCE)
+    assert library is not None, "the refusal has been asked before"
+    x, scale, shift = x.contiguous(), scale.contiguous(), shift.contiguous()
+    y = torch.empty_like(x)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, scale, shift, y)]
+    sizes = (ctypes.c_int64(x.shape[:3].numel()), ctypes.c_int64(x.shape[3]))
+    library.coterie_gelu_affine(*pointers, *sizes, ctypes.c_int(torch.get_num_threads()))
+    return y
+
+
+_library.impl("gelu_affine", _run_affine, "CPU")
+
+
+@torch.library.register_fake("coterie::gelu_affine", lib=_library)
+def _(x, scale, shift):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("coterie::gelu_depthwise", lib=_library)

@@ -56,6 +56,13 @@ inline void convolve(const float* const rows[3], const float* weight, i64 cb, i6
 
 }  // namespace
 
+// y = GELU(x) scale + shift; rows of C channels, a multiple of 16.
+extern "C" void coterie_gelu_affine(const float* x, const float* scale, const float* shift, float* y, i64 rows, i64 C, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 r = 0; r < rows; ++r)
+        for (i64 c = 0; c < C; c += W) at(y + r * C + c) = gelu(at(x + r * C + c)) * at(scale + c) + at(shift + c);
+}
+
 // weight is (9, channels), its centre holding the identity too; channels are a multiple of 16.
 
 extern "C" int coterie_gelu_depthwise(const float* x, const float* offset, const float* scale, const float* shift, const float* weight,
