@@ -109,10 +109,12 @@ def test_optimizer_groups():
 
 
 def test_torch_fx_and_compile():
-    model, x = small(dynamic_img_size=False), images()
-    node = timm.models.get_graph_node_names(model)[1][-1]
-    extractor = timm.models.create_feature_extractor(model, {node: "out"})
-    torch.testing.assert_close(extractor(x)["out"], model(x))
+    for model in (small(), small(dynamic_img_size=False)):
+        node = timm.models.get_graph_node_names(model)[1][-1]
+        extractor = timm.models.create_feature_extractor(model, {node: "out"})
+        torch.testing.assert_close(extractor(images())["out"], model(images()))
+    model, x = small(), images(height=48)
+    torch.testing.assert_close(timm.models.create_feature_extractor(model, {node: "out"})(x)["out"], model(x))
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
 

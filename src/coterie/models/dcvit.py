@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxtyping import Float
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import register_notrace_module
+from timm.layers import PatchEmbed, register_notrace_function, register_notrace_module, resample_abs_pos_embed
 from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
@@ -21,7 +21,16 @@ from coterie.models._registry import register_vision_model
 __all__ = ["ComposableVisionTransformer"]
 
 
-register_notrace_module(ComposableMultiHeadAttention)  # one node for torch.fx: it looks at shapes and masks
+# One node each for torch.fx, which cannot follow them: they look at shapes and masks.
+register_notrace_module(ComposableMultiHeadAttention)
+register_notrace_function(resample_abs_pos_embed)
+
+
+class ImagePatchEmbed(PatchEmbed):
+    """timm's, which says what is wrong with an image that it cannot take."""
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Tensor:
+        return super().forward(check_images(x, self.proj.in_channels))
 
 
 class ComposableVisionTransformer(VisionTransformer):
@@ -37,16 +46,10 @@ class ComposableVisionTransformer(VisionTransformer):
     """
 
     def __init__(self, *args: Any, attention_options: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **{"dynamic_img_size": True, **kwargs})
+        super().__init__(*args, **{"dynamic_img_size": True, "embed_layer": ImagePatchEmbed, **kwargs})
         report = replace_attention(self, "composable", **(attention_options or {}))
         for name, reason in report.skipped.items():
             raise ValueError(f"{name} cannot be composable: {reason}")
-
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"], attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Float[Tensor, "batch classes"]:
-        """Logits of images; the other arguments are timm's."""
-        return super().forward(check_images(x, self.in_chans), attn_mask=attn_mask, is_causal=is_causal)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should spare, beyond those of one dimension."""
