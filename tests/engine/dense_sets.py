@@ -67,8 +67,8 @@ def write_coco(folder: Path, counts: dict[str, int], *, masks: bool = True) -> P
                 box = [left, top, right + 1 - left, bottom + 1 - top]
                 outline = [left, top, right + 1, top, right + 1, bottom + 1, left, bottom + 1]
                 mask = {"segmentation": [outline]} if masks else {}
-                annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": label + 3, "bbox": box,
-                                    "area": box[2] * box[3], "iscrowd": 0, **mask})  # fmt: skip
+                where = {"image_id": number, "category_id": label + 3, "bbox": box, "area": box[2] * box[3]}
+                annotations.append({"id": len(annotations) + 1, "iscrowd": 0, **where, **mask})
             number += 1
         categories = [{"id": label + 3, "name": name} for label, name in enumerate(CLASSES)]
         text = json.dumps({"images": images, "annotations": annotations, "categories": categories})

@@ -96,7 +96,7 @@ def _test_images(folder: str) -> list:
         raise ValueError(
             f"run: {folder} does not say what data it was trained on; give pictures: coterie inspect {folder} IMAGE"
         )
-    source = open_data(spec)
+    source = open_data(spec, target=run.target)
     found = [(f"test {index}", sample_picture(source, index)[0]) for index in choose_samples(run, source)[:TEST_IMAGES]]
     images = [(name, image) for name, image in found if image is not None]
     if not images:

@@ -155,8 +155,7 @@ class Writer:
             return ""
         said = f"pictures: {self.folder}"
         if self.format == "png":
-            names = {str(label): name for label, name in enumerate(self.classes)}
-            atomic_write(self.folder / "label_maps" / "classes.json", json.dumps(names, indent=1))
+            atomic_write(self.folder / "label_maps" / "classes.json", json.dumps(self.classes, indent=1))
             return f"{said}\nlabel maps: {self.folder / 'label_maps'}"
         if self.format == "coco":
             text = answers.coco_text(self._done, self.classes)

@@ -111,6 +111,9 @@ def _detected(run: Run, classes: Sequence[str], source: Any | None) -> Results:
 
 
 def _task(run: Run, classes: Sequence[str]) -> Any:
-    from coterie.tasks import create_task
+    """The run's task; where the configuration is missing one that draws what the predictions are."""
+    from coterie.tasks import create_task, list_tasks, task_class
 
-    return create_task(run.setting("task.name"), classes=classes, **run.setting("task.options", {}))
+    masks = run.detections is not None and run.detections.masks is not None
+    suited = [name for name in list_tasks() if (task_class(name).target, task_class(name).masks) == (run.target, masks)]
+    return create_task(run.setting("task.name", suited[0]), classes=classes, **run.setting("task.options", {}))
