@@ -126,7 +126,6 @@ class _Inputs:
         is_causal: bool,
         window: int | None,
         attn_mask: Tensor | None,
-        rows: int,
     ) -> None:
         self.tensors = [_rows(x) for x in (query, key, value)]
         self.wide = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -140,7 +139,7 @@ class _Inputs:
         ranks = [_rank(x) for maps in (pre, post) for x in (maps.query_in, maps.key_in)]
         self.sizes = (ctypes.c_int64 * 14)(
             *(batch, heads, key.shape[1], queries, key.shape[2], head_dim, value.shape[3]),
-            *(is_causal, window or 0, rows, *ranks),
+            *(is_causal, window or 0, _block(query), *ranks),
         )
 
     def strides(self, *more: Tensor) -> ctypes.Array:
@@ -148,6 +147,12 @@ class _Inputs:
         mask = (0, 0, 0) if self.mask is None else self.mask.stride()
         first, rest = ([s for x in tensors for s in x.stride()[:3]] for tensors in (self.tensors, more))
         return (ctypes.c_int64 * 15)(*first, *mask, *rest)
+
+
+def _block(query: Tensor) -> int:
+    """Queries per block: all heads of a tile should lie in the second-level cache."""
+    most = 48 if query.shape[1] <= 8 else 24
+    return min(most, -(-query.shape[2] // 6) * 6)  # products take six rows at a time
 
 
 def _pointers(tensors: list[Tensor | None]) -> ctypes.Array:
@@ -164,10 +169,9 @@ def forward(
     window: int | None,
     attn_mask: Tensor | None,
     scale: float,
-    rows: int = 48,
 ) -> tuple[Tensor, Tensor]:
     """Output, and the log-sum-exp of every row of the composed scores (float32; float64 for float64)."""
-    inputs = _Inputs(query, key, value, pre, post, is_causal, window, attn_mask, rows)
+    inputs = _Inputs(query, key, value, pre, post, is_causal, window, attn_mask)
     output = query.new_empty((*query.shape[:3], value.shape[3]))
     logsumexp = query.new_empty(query.shape[:3], dtype=inputs.wide)
     _run(
@@ -196,11 +200,10 @@ def backward(
     window: int | None,
     attn_mask: Tensor | None,
     scale: float,
-    rows: int = 48,
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
     """Gradients of query, key and value, of the parts of `pre`, and of the parts of `post`."""
     grad, logsumexp = _rows(grad), logsumexp.contiguous()
-    inputs = _Inputs(query, key, value, pre, post, is_causal, window, attn_mask, rows)
+    inputs = _Inputs(query, key, value, pre, post, is_causal, window, attn_mask)
     results = [x.new_empty(x.shape) for x in (query, key, value)]
     slopes = [None if x is None else torch.zeros_like(x) for x in inputs.maps]
     _run(

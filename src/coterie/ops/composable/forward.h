@@ -54,10 +54,17 @@ int forward(const T* q, const T* k, const T* v, const Sides<C>& pre, const Sides
     const int N = int(s.H), group = int(s.H / s.HK), R = s.rows, vp = panels<C>(s.dv);
     const i64 stride = i64(N) * TS + 2 * W, tile = R * stride, J = s.tiles();
     const i64 ksize = i64(TS) * s.d, vsize = i64(TS) * vp;
-    const Memory kmemory(std::size_t(s.B * J * s.HK * ksize) * sizeof(C)), vmemory(std::size_t(s.B * J * s.HK * vsize) * sizeof(C));
-    C *kt = reinterpret_cast<C*>(kmemory.get()), *vr = reinterpret_cast<C*>(vmemory.get());
-    pack_all(s, k, ks, kt, ksize, threads, [&](const T* x, i64 st, int n, C* o) { pack_transposed(x, st, n, s.d, o); });
-    pack_all(s, v, vs, vr, vsize, threads, [&](const T* x, i64 st, int n, C* o) { pack_panels(x, st, n, TS, s.dv, C(1), o); });
+    // Keys and values are packed once, or, where one block is all that reads them, tile by tile just before.
+    const bool ahead = s.blocks() > 1;
+    const std::size_t all = ahead ? std::size_t(s.B * J * s.HK) : 0;
+    Workspace packed(bytes_of<C>({all * ksize, all * vsize}));
+    C *kt = packed.take<C>(all * ksize), *vr = packed.take<C>(all * vsize);
+    const auto pack_key = [&](const T* x, i64 st, int n, C* o) { pack_transposed(x, st, n, s.d, o); };
+    const auto pack_value = [&](const T* x, i64 st, int n, C* o) { pack_panels(x, st, n, TS, s.dv, C(1), o); };
+    if (ahead) {
+        pack_all(s, k, ks, kt, ksize, threads, pack_key);
+        pack_all(s, v, vs, vr, vsize, threads, pack_value);
+    }
 
     i64 longest = 0;  // tiles that a block may touch
     for (i64 i = 0; i < s.blocks(); ++i) {
@@ -70,7 +77,8 @@ int forward(const T* q, const T* k, const T* v, const Sides<C>& pre, const Sides
     {
         try {
             Workspace w(bytes_of<C>({std::size_t(longest * tile), std::size_t(longest) * R * N, std::size_t(tile), std::size_t(tile), std::size_t(R) * N * s.d,
-                                   std::size_t(R) * N * vp, std::size_t(R) * TS, std::size_t(R) * N, std::size_t(R) * N, std::size_t(longest)}));
+                                   std::size_t(R) * N * vp, std::size_t(R) * TS, std::size_t(R) * N, std::size_t(R) * N,
+                                   ahead ? 0 : std::size_t(s.HK) * std::max(ksize, vsize), std::size_t(longest)}));
             C* scratch = w.take<C>(std::size_t(longest * tile));
             C* peaks = w.take<C>(std::size_t(longest) * R * N);
             C* x = w.take<C>(std::size_t(tile));
@@ -80,6 +88,7 @@ int forward(const T* q, const T* k, const T* v, const Sides<C>& pre, const Sides
             C* bias = w.take<C>(std::size_t(R) * TS);
             C* peak = w.take<C>(std::size_t(R) * N);
             C* total = w.take<C>(std::size_t(R) * N);
+            C* one = w.take<C>(ahead ? 0 : std::size_t(s.HK) * std::max(ksize, vsize));
             std::uint8_t* seen = w.take<std::uint8_t>(std::size_t(longest));
             for (i64 item; (item = next.fetch_add(1)) < s.B * s.blocks();) {
                 const i64 b = item % s.B, t0 = (s.blocks() - 1 - item / s.B) * R;  // the longest first
@@ -94,7 +103,8 @@ int forward(const T* q, const T* k, const T* v, const Sides<C>& pre, const Sides
                     const Cover c = cover(s, mask, b, t0, m, j, bias);
                     seen[j - j0] = c != NONE;
                     if (c == NONE) continue;
-                    score(qr, kt + (b * J + j) * s.HK * ksize, ksize, x, N, group, m, R, s.d, stride);
+                    if (!ahead) pack_tile(s, k, ks, b, j, one, ksize, pack_key);
+                    score(qr, ahead ? kt + (b * J + j) * s.HK * ksize : one, ksize, x, N, group, m, R, s.d, stride);
                     compose<C>(pre.at_block(s, b, t0, j), false, x, z, nullptr, 0, m, stride);
                     if (c == SOME) apply(bias, z, N, m, stride);
                     soften(z, scratch + (j - j0) * tile, N, m, stride, peak, total, peaks + (j - j0) * R * N);
@@ -108,7 +118,8 @@ int forward(const T* q, const T* k, const T* v, const Sides<C>& pre, const Sides
                     if (!seen[j - j0]) continue;
                     normalise(scratch + (j - j0) * tile, z, N, m, stride, peak, total, peaks + (j - j0) * R * N);
                     compose<C>(post.at_block(s, b, t0, j), false, z, x, nullptr, 0, m, stride);
-                    const C* values = vr + (b * J + j) * s.HK * vsize;
+                    if (!ahead) pack_tile(s, v, vs, b, j, one, vsize, pack_value);
+                    const C* values = ahead ? vr + (b * J + j) * s.HK * vsize : one;
                     for (int n = 0; n < N; ++n) {
                         const C* panel = values + n / group * vsize;
                         multiply_panels<C, true>(x + n * TS, stride, 1, panel, vp / (2 * W), y + i64(n) * R * vp, vp, m, TS, panel + vsize,

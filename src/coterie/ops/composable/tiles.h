@@ -65,15 +65,19 @@ inline void pack_transposed(const T* x, i64 stride, int n, int d, C* out) {
             for (int i = 0; i < d; ++i) out[i * P + l] = p + l < n ? C(load(x[(p + l) * stride + i])) : C(0);
 }
 
-// All tiles of x (B, HK, Lk, d): out[b][tile][head] of `size` numbers each.
+// Tile j of x (B, HK, Lk, d), all heads: out[head] of `size` numbers each.
+template <class T, class C, class F>
+void pack_tile(const Shape& s, const T* x, const i64* stride, i64 b, i64 j, C* out, i64 size, F pack) {
+    const int n = int(std::min<i64>(TS, s.Lk - j * TS));
+    for (i64 h = 0; h < s.HK; ++h) pack(x + b * stride[0] + h * stride[1] + j * TS * stride[2], stride[2], n, out + h * size);
+}
+
+// All tiles: out[b][tile][head].
 template <class T, class C, class F>
 void pack_all(const Shape& s, const T* x, const i64* stride, C* out, i64 size, int threads, F pack) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (i64 item = 0; item < s.B * s.tiles() * s.HK; ++item) {
-        const i64 h = item % s.HK, j = item / s.HK % s.tiles(), b = item / s.HK / s.tiles();
-        const int n = int(std::min<i64>(TS, s.Lk - j * TS));
-        pack(x + b * stride[0] + h * stride[1] + j * TS * stride[2], stride[2], n, out + item * size);
-    }
+    for (i64 item = 0; item < s.B * s.tiles(); ++item)
+        pack_tile(s, x, stride, item / s.tiles(), item % s.tiles(), out + item * s.HK * size, size, pack);
 }
 
 // ------------------------------------------------------------------------------------------------ tiles
