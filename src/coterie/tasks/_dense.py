@@ -1,4 +1,4 @@
-"""What the dense tasks share: the backbone that a configuration means, and pictures with classes in colours."""
+"""What the dense tasks share: the backbone that a configuration means, normalisation, pictures with class colours."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import UInt8
+from torch import nn
 
 from coterie.models.backbone import Backbone
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 GOLDEN_RATIO = 0.618033988749895
 BACKGROUND_NAMES = ("background", "void", "unlabeled", "unlabelled")
+CHANNELS_PER_GROUP = 8
 ROW = 18  # pixels of a line of the legend
 
 
@@ -27,6 +29,25 @@ def build_backbone(config: Any, source: Any, *, frozen_batch_norm: bool) -> Back
     """
     options = {"drop_path_rate": config.drop_path} if config.drop_path else {}
     return Backbone(config.name, source.channels, frozen_batch_norm=frozen_batch_norm, **{**options, **config.options})
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation with 8 channels a group (the usual 32 groups at 256 channels).
+
+    With fewer, a map of one position would be normalised to signs.
+    """
+    return nn.GroupNorm(max(1, channels // CHANNELS_PER_GROUP), channels)
+
+
+def group_normalised(module: nn.Module) -> nn.Module:
+    """`module` with `group_norm` for every batch and group normalisation inside, so that one image is a batch."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, group_norm(child.num_features))
+            elif isinstance(child, nn.GroupNorm):
+                setattr(parent, name, group_norm(child.num_channels))
+    return module
 
 
 def class_colors(classes: Sequence[str]) -> UInt8[np.ndarray, "classes 3"]:

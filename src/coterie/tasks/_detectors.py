@@ -10,14 +10,15 @@
 
 What is ours: torchvision's transforms are left out, because the data are resized and normalised already; anchors have
 the pyramid's true strides (torchvision divides sizes, which is wrong for maps of ceil(size / stride)); group
-normalisation in pyramid and heads, so that training from scratch and batches of one image are stable. NMS runs where
+normalisation in pyramid and heads, so that training from scratch and batches of one image are stable, and with it the
+heads' convolutions from a Kaiming normal (at torchvision's 0.01, in front of a normalisation, Adam's steps are large
+beside the weights: 30 steps with lr 2e-3 on three images then left a loss of 0.55, with this 0.14). NMS runs where
 the tensors are.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,11 +38,11 @@ from torchvision.ops.poolers import initLevelMapper
 
 from coterie.models.backbone import Backbone
 from coterie.tasks._cascade import CascadeRoIHeads
+from coterie.tasks._dense import group_norm, group_normalised
 
 ONE_STAGE = ("retinanet", "fcos")
 TWO_STAGE = ("faster_rcnn", "mask_rcnn", "cascade_mask_rcnn")
 OCTAVES = 3  # anchor sizes per level of RetinaNet
-GROUPS = 32
 Sizes = list[tuple[int, int]]
 Targets = list[dict[str, Tensor]]
 Detections = list[dict[str, Tensor]]
@@ -74,8 +75,7 @@ class Pyramid(nn.Module):
 
     def __init__(self, backbone: Backbone, channels: int) -> None:
         super().__init__()
-        norm = partial(nn.GroupNorm, GROUPS)
-        self.fpn = FeaturePyramidNetwork(backbone.channels, channels, LastLevelMaxPool(), norm_layer=norm)
+        self.fpn = FeaturePyramidNetwork(backbone.channels, channels, LastLevelMaxPool(), norm_layer=group_norm)
         self.strides = [*backbone.strides, 2 * backbone.strides[-1]]
 
     def forward(self, maps: list[Float[Tensor, "batch dim rows columns"]]) -> OrderedDict[str, Tensor]:
@@ -117,12 +117,16 @@ class OneStageDetector(nn.Module):
         if detector == "retinanet":
             scales = [(anchor_scale or 4.0) * 2 ** (octave / OCTAVES) for octave in range(OCTAVES)]
             anchors = Anchors(self.pyramid.strides, scales, [0.5, 1.0, 2.0])
-            head = RetinaNetHead(channels, 3 * OCTAVES, classes, norm_layer=partial(nn.GroupNorm, GROUPS))
+            head = RetinaNetHead(channels, 3 * OCTAVES, classes, norm_layer=group_norm)
             self.core: Any = RetinaNet(nowhere, classes, anchor_generator=anchors, head=head, **limits)
         else:
             anchors = Anchors(self.pyramid.strides, [anchor_scale or 1.0], [1.0])
-            head = FCOSHead(channels, 1, classes)
+            head = group_normalised(FCOSHead(channels, 1, classes))
             self.core = FCOS(nowhere, classes, anchor_generator=anchors, head=head, **limits)
+        for tower in (head.classification_head.conv, head.regression_head.conv):
+            for module in tower.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def forward(
         self,
@@ -198,9 +202,8 @@ class TwoStageDetector(nn.Module):
             head, predictor = TwoMLPHead(channels * 7**2, hidden), FastRCNNPredictor(hidden, classes + 1)
             self.roi_heads = RoIHeads(box_head=head, box_predictor=predictor, **common)
         if detector != "faster_rcnn":
-            norm = partial(nn.GroupNorm, GROUPS)
             self.roi_heads.mask_roi_pool = roi_align(backbone.strides, 14)
-            self.roi_heads.mask_head = MaskRCNNHeads(channels, (channels,) * 4, 1, norm_layer=norm)
+            self.roi_heads.mask_head = MaskRCNNHeads(channels, (channels,) * 4, 1, norm_layer=group_norm)
             self.roi_heads.mask_predictor = MaskRCNNPredictor(channels, channels, classes + 1)
 
     def forward(

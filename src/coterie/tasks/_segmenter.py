@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from coterie.models.backbone import Backbone
+from coterie.tasks._dense import group_norm, group_normalised
 
 DECODERS = ("upernet", "fpn")
-GROUPS = 32  # of the group normalisations, as in segmentation_models_pytorch's FPN decoder
+MULTIPLE = 64  # segmentation_models_pytorch's FPN decoder needs 32 channels at least, and has half of what it gets
 DROPOUT = 0.1
 
 
@@ -33,31 +34,31 @@ class Segmenter(nn.Module):
 
     def __init__(self, backbone: Backbone, classes: int, *, decoder: str, channels: int, auxiliary: bool) -> None:
         super().__init__()
+        from segmentation_models_pytorch.base.initialization import initialize_decoder
         from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
         from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 
         if decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(map(repr, DECODERS))}, got {decoder!r}")
-        if channels % (2 * GROUPS):
-            raise ValueError(f"channels of the decoder must be a multiple of {2 * GROUPS}, got {channels}")
+        if channels < MULTIPLE or channels % MULTIPLE:
+            raise ValueError(f"channels of the decoder must be a multiple of {MULTIPLE}, got {channels}")
         self.backbone = backbone
         if decoder == "upernet":
             width = channels
-            self.decoder = _group_normalised(UPerNetDecoder([0, 0, *backbone.channels], decoder_channels=width))
+            self.decoder = UPerNetDecoder([0, 0, *backbone.channels], decoder_channels=width)
         else:
             width = channels // 2
             self.decoder = FPNDecoder(backbone.channels, pyramid_channels=channels, segmentation_channels=width)
             self.decoder.dropout = nn.Identity()
+        initialize_decoder(self.decoder)
+        group_normalised(self.decoder)
         self.dropout = nn.Dropout2d(DROPOUT)
         self.classifier = nn.Conv2d(width, classes, 1)
-        nn.init.normal_(self.classifier.weight, std=0.01)  # all classes equally likely at first
-        if self.classifier.bias is not None:
-            nn.init.zeros_(self.classifier.bias)
         self.auxiliary: nn.Module | None = None
         if auxiliary:
             self.auxiliary = nn.Sequential(
                 nn.Conv2d(backbone.channels[2], channels, 3, padding=1, bias=False),
-                nn.GroupNorm(GROUPS, channels),
+                group_norm(channels),
                 nn.ReLU(),
                 nn.Dropout2d(DROPOUT),
                 nn.Conv2d(channels, classes, 1),
@@ -90,12 +91,3 @@ class Segmenter(nn.Module):
 
 def _enlarge(scores: Tensor, image: Tensor) -> Tensor:
     return F.interpolate(scores, image.shape[2:], mode="bilinear", align_corners=False)
-
-
-def _group_normalised(decoder: nn.Module) -> nn.Module:
-    """Group instead of batch normalisation: one image is a batch, and the pooling pyramid has maps of one position."""
-    for module in list(decoder.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, nn.GroupNorm(GROUPS, child.num_features))
-    return decoder
