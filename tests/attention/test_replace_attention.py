@@ -154,7 +154,7 @@ def test_attn_mask_of_timm_is_a_padding_mask_or_refused():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="attention must be one of .*'cross_shaped_window', 'dynamic_group'"):
+    with pytest.raises(ValueError, match=r"attention must be one of .*'cross_shaped_window', 'dynamic_group'"):
         replace_attention(vit(), "locality")
     with pytest.raises(ValueError, match=r"has no option 'window'; it takes: .*top_k"):
         replace_attention(vit(), "dynamic_group", window=3)

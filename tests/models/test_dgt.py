@@ -222,7 +222,7 @@ def test_bad_arguments(arguments, error, message):
 def test_unknown_names_get_the_nearest():
     with pytest.raises(ValueError, match=r"no model is named 'dgt_tinny': did you mean dgt_tiny"):
         create_model("dgt_tinny")
-    with pytest.raises(ValueError, match="no model is named 'qqqqqq': coterie has .*dgt_base, "):
+    with pytest.raises(ValueError, match=r"no model is named 'qqqqqq': coterie has .*dgt_base, "):
         create_model("qqqqqq")
     with pytest.raises(TypeError, match="name must be a str, got int"):
         create_model(3)
