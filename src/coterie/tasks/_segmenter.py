@@ -26,7 +26,7 @@ class Segmenter(nn.Module):
         backbone: gives the maps.
         classes: number of classes.
         decoder: one of `DECODERS`.
-        channels: width of the decoder.
+        channels: width of the decoder, a multiple of `MULTIPLE`.
         auxiliary: whether to have the auxiliary head.
 
     Shape: image (batch, channels, height, width) of any size -> logits (batch, classes, height, width).
@@ -38,10 +38,6 @@ class Segmenter(nn.Module):
         from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
         from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 
-        if decoder not in DECODERS:
-            raise ValueError(f"decoder must be one of {', '.join(map(repr, DECODERS))}, got {decoder!r}")
-        if channels < MULTIPLE or channels % MULTIPLE:
-            raise ValueError(f"channels of the decoder must be a multiple of {MULTIPLE}, got {channels}")
         self.backbone = backbone
         if decoder == "upernet":
             width = channels

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from coterie.tasks import Batch
 from coterie.tasks._dense import BACKGROUND_NAMES, build_backbone, class_colors, with_legend
-from coterie.tasks._segmenter import DECODERS, Segmenter
+from coterie.tasks._segmenter import DECODERS, MULTIPLE, Segmenter
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -72,6 +72,8 @@ class SemanticSegmentation:
             raise ValueError(f"classes must be 1 to {IGNORE} (label {IGNORE} is ignored), got {len(self.classes)}")
         if decoder not in DECODERS:
             raise ValueError(f"task.options.decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
+        if channels < MULTIPLE or channels % MULTIPLE:
+            raise ValueError(f"task.options.channels must be a multiple of {MULTIPLE}, got {channels}")
         for name, weight in (("dice", dice), ("auxiliary", auxiliary)):
             if weight < 0:
                 raise ValueError(f"task.options.{name} must be at least 0, got {weight}")
@@ -274,7 +276,7 @@ def _starts(length: int, window: int, step: int) -> Iterator[int]:
 
 def _confusion(metrics: Any) -> tuple[Float[Tensor, "classes classes"], Float[Tensor, " classes"]]:
     """Pixels by true and answered class, and the size of each class' union of both."""
-    confusion = metrics.compute().double().cpu()
+    confusion = metrics.compute().double().cpu().reshape(metrics.num_classes, -1)  # squeezed for one class
     return confusion, confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
 
 
