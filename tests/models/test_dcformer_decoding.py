@@ -135,3 +135,11 @@ def test_beyond_the_positions_generation_says_so():
     model = small_dcformer(max_position_embeddings=10)
     with pytest.raises(ValueError, match="the sequence has 11 tokens, and max_position_embeddings is 10"):
         model.generate(token_ids(1, 8), max_new_tokens=6, eos_token_id=-1, do_sample=False)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@torch.no_grad()
+def test_a_window_of_one_sees_only_oneself(kind):
+    model, ids = small_dcformer(sliding_window=1), token_ids(2, TOKENS)
+    whole = model(ids, use_cache=False).logits
+    torch.testing.assert_close(in_chunks(model, ids, [5, 1, 1, 10], cache_of(kind, model)), whole)
