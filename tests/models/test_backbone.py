@@ -87,7 +87,7 @@ def test_what_it_refuses():
         Backbone("dgt_tinny")
     with pytest.raises(ValueError, match=r"backbone resnet10t: .*unexpected keyword argument 'attention'"):
         Backbone("resnet10t", attention="global")
-    with pytest.raises(ValueError, match="four maps of strides s, 2s, 4s, 8s; dgt_pico has 2, 4, 8"):
+    with pytest.raises(ValueError, match="four maps of strides s, 2s, 4s, 8s; dgt_pico has 4, 8, 16"):
         Backbone(
             "dgt_pico", stem_stride=2, dims=(16, 16, 32), depths=(1, 1, 1), num_heads=(1, 1, 1), attention="global"
         )

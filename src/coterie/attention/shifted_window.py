@@ -3,6 +3,9 @@
 Swin Transformer, arXiv 2103.14030, section 3.2, on 1-, 2- and 3-dimensional grids. Differences from the authors' code:
 the padding of a grid that the windows do not divide takes no part in attention (there it does), and the relative
 position bias is an option, off by default, so that a backbone has the same parameters with any mechanism.
+
+A mask keeps padding out, and a padded grid is cut where the grid alone would be; with one exception: an axis that one
+window covers does not shift, so a grid that fits into one window is cut differently once padding makes it larger.
 """
 
 from collections.abc import Sequence
