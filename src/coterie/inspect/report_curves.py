@@ -14,6 +14,8 @@ SIZES = ("_small", "_medium", "_large")
 NAMES = {
     "miou": "mean IoU", "ap": "box AP", "ap50": "box AP50", "ap75": "box AP75", "mask_ap": "mask AP",
     "mask_ap50": "mask AP50", "mask_ap75": "mask AP75",
+    "ap_small": "small objects", "ap_medium": "medium objects", "ap_large": "large objects",
+    "mask_ap_small": "small objects", "mask_ap_medium": "medium objects", "mask_ap_large": "large objects",
 }  # fmt: skip
 
 

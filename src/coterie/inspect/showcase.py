@@ -64,18 +64,21 @@ class Showcase:
         if self.source is None:
             raise ValueError("the data is not at hand")
         sample = self.source.splits["test"][index]
-        return sample.name, sample.image, as_answer(sample.label)
+        return sample.name, sample.image, as_answer(sample.label, masks=self.task.masks)
 
     def _drawn(self, image: Image.Image, answer: Answer) -> str:
         return data_uri(self.task.draw(*fit(image, answer, most=SIDE)))
 
 
-def as_answer(target: Instances | np.ndarray) -> Answer:
-    """What is known of an image in the form of an answer. Instances have no scores, crowds are left out."""
+def as_answer(target: Instances | np.ndarray, *, masks: bool = True) -> Answer:
+    """What is known of an image in the form of an answer. Instances have no scores, crowds are left out.
+
+    Without `masks` those of the data are left out, as a detector of boxes knows nothing of them.
+    """
     if not isinstance(target, Instances):
         return {"label_map": np.asarray(target)}
     target = target[~target.crowd]
     answer: Answer = {"boxes": target.boxes, "labels": target.labels}
-    if target.segmentations is not None:
+    if masks and target.segmentations is not None:
         answer["masks"] = target.decode().astype(bool)
     return answer
