@@ -153,3 +153,14 @@ def test_open_fields_take_what_the_task_takes(tmp_path: Path) -> None:
         given = with_task_defaults(config_from_dict({"task": {"name": task}, "optim": {"lr": 0.5}}))
         assert given.optim.lr == 0.5
     assert config_from_dict({"task": {"name": "object-detection"}}).run_dir == Path("runs/digits-object-detection")
+
+
+@pytest.mark.parametrize(("size", "name", "options"), [(128, "dgt_pico", {"stem_stride": 2}), (256, "dgt_tiny", {})])
+def test_a_network_is_chosen_by_the_size_of_the_pictures(size: int, name: str, options: dict) -> None:
+    from coterie.engine.config import config_from_dict
+    from coterie.engine.inputs import open_source, settle_config
+
+    values = {"task": {"name": "object-detection"}, "data": {"source": "digit-scenes"}}
+    config = config_from_dict({**values, "transform": {"image_size": size}})
+    model = settle_config(config, open_source(config)).model
+    assert (model.name, model.options) == (name, options)

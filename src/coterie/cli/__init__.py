@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from coterie._version import __version__
 
 _ORDER = ("train", "eval", "predict", "export", "inspect", "bench", "list", "info")
+_EXTRAS = {"segmentation_models_pytorch": "dense", "pycocotools": "dense", "sklearn": "data", "torchmetrics": "train"}
+"""Packages that a command may lack, and the extra that brings them."""
 _EXAMPLES = """\
 examples:
   coterie train                                     train a Dynamic Group Transformer on real handwritten digits
@@ -99,5 +101,7 @@ def _run(name: str, module: object, args: object) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("COTERIE_TRACEBACK"):
             raise
-        print(f"coterie {name}: error: {error}", file=sys.stderr)
+        missing = error.name.split(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else ""
+        hint = f"; pip install 'coterie[{_EXTRAS[missing]}]'" if missing in _EXTRAS else ""
+        print(f"coterie {name}: error: {error}{hint}", file=sys.stderr)
         return 2

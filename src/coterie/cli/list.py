@@ -53,11 +53,18 @@ def _ops() -> list[str]:
 
 def _data() -> list[str]:
     return [
-        "digits               1,797 handwritten digits, 8x8 (in scikit-learn)",
-        "folder:PATH          one folder of pictures per class, or train/ and test/ with such folders",
-        "parquet:PATH         as Hugging Face datasets writes it",
-        "hf:NAME              a set on the Hugging Face hub",
-        "webdataset:PATTERN   shards, for example webdataset:data/train-{000..009}.tar",
+        "classification",
+        "  digits               1,797 handwritten digits, 8x8 (in scikit-learn)",
+        "  folder:PATH          one folder of pictures per class, or train/ and test/ with such folders",
+        "  parquet:PATH         as Hugging Face datasets writes it",
+        "  hf:NAME              a set on the Hugging Face hub",
+        "  webdataset:PATTERN   shards, for example webdataset:data/train-{000..009}.tar",
+        "segmentation and detection",
+        "  digit-scenes         handwritten digits on photographs: label maps, boxes, masks (from scikit-learn)",
+        "  coco:PATH            COCO json: boxes, masks",
+        "  voc:PATH             Pascal VOC: boxes, label maps",
+        "  maps:PATH            pictures, and a label map for each",
+        "  parquet:PATH         pictures with label maps, or with objects",
     ]
 
 

@@ -42,8 +42,9 @@ class ModelConfig:
     """The network.
 
     Attributes:
-        name: A name that `coterie list models` prints, or that of any timm model. If not given, the task's choice, or
-            by the size of the pictures: dgt_nano up to 64 pixels, dgt_tiny above.
+        name: A name that `coterie list models` prints, or that of any timm model. If not given, by the size of the
+            pictures: dgt_nano up to 64 pixels, dgt_tiny above; for dense tasks dgt_pico with strides from 4 on up to
+            192 pixels, dgt_tiny above.
         options: Keyword arguments of the model, for example `--model.options.attention global`.
         drop_path: Probability of dropping a residual branch (stochastic depth); grows linearly up to this.
         centroid_init: Where the centroids of dynamic groups start: random unit vectors, or k-means of the first batch.

@@ -23,6 +23,7 @@ MONITORED = "validation"
 WHOLE = "class"  # the target of a source with one label for each picture
 LARGEST_BY_DEFAULT = 224
 SMALL = 64
+SMALL_DENSE = 192
 
 
 def open_source(config: RunConfig) -> DataSource:
@@ -49,8 +50,12 @@ def settle_config(config: RunConfig, source: DataSource) -> RunConfig:
         transform = dataclasses.replace(transform, image_size=LARGEST_BY_DEFAULT)
     if model.name is None:
         size = transform.image_size or source.native_size
-        small = max(size if isinstance(size, tuple) else (size,)) <= SMALL
-        model = dataclasses.replace(model, name="dgt_nano" if small else "dgt_tiny")
+        longest = max(size if isinstance(size, tuple) else (size,))
+        if source.target != WHOLE and longest <= SMALL_DENSE:
+            # Maps of strides 4 to 32, as larger networks have them: finer ones make decoders and heads slow.
+            model = dataclasses.replace(model, name="dgt_pico", options={"stem_stride": 2, **model.options})
+        else:
+            model = dataclasses.replace(model, name="dgt_nano" if longest <= SMALL else "dgt_tiny")
     return dataclasses.replace(config, transform=transform, model=model)
 
 
