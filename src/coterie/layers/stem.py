@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from coterie.layers.batch_norm import as_affine, in_one_pass
@@ -11,6 +12,7 @@ from coterie.layers.padding import batch_norm, strided, zero_padding
 from coterie.ops import gelu_affine
 
 
+@register_notrace_module  # looks at dtypes, which torch.fx cannot follow
 class ConvStem(nn.Module):
     """3 x (3x3 convolution -> GELU -> BN).
 
