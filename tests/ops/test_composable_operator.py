@@ -119,7 +119,7 @@ def test_explain_gives_a_sentence_for_every_backend(monkeypatch):
     arguments = inputs(dtype=torch.float32)
     told = ops.explain(composable_attention, *arguments)
     assert told.chosen == "cpu"
-    assert dict(told.reasons).keys() == {"cpu", "native", "reference"}
+    assert dict(told.reasons).keys() == {"triton", "cpu", "native", "reference"}
     assert all(reason for _, reason in told.reasons)
     assert told.call.needs_grad
     assert ops.explain("composable_attention", *(x.detach() for x in arguments[:3]), *arguments[3:]).call.needs_grad

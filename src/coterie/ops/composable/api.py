@@ -7,7 +7,7 @@ windows and padding hold as they do in plain attention.
 """
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -173,6 +173,13 @@ def _check_mask(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
     return full
 
 
+@dataclass(frozen=True)
+class ComposedCall(Call):
+    """A call, and how many heads compose."""
+
+    heads: int = 1
+
+
 def _describe(
     query: Tensor,
     key: Tensor,
@@ -180,11 +187,31 @@ def _describe(
     pre: HeadComposition | None = None,
     post: HeadComposition | None = None,
     **_: Any,
-) -> Call:
+) -> ComposedCall:
     parts = [x for x in (*(pre or ()), *(post or ())) if x is not None]
     call = Call.of(query, key, value)
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in parts)
-    return replace(call, needs_grad=call.needs_grad or grad)
+    grad = call.needs_grad or (torch.is_grad_enabled() and any(x.requires_grad for x in parts))
+    return ComposedCall(call.device, call.dtype, call.head_dim, grad, call.exporting, query.shape[1])
+
+
+def _triton_refusal(call: Call) -> str | None:
+    if call.exporting:
+        return _EXPORTED
+    if isinstance(call, ComposedCall) and call.heads > 64:
+        return f"it takes up to 64 heads, as all of a tile must fit on the chip, got {call.heads}"
+    if call.device == "cpu":
+        from coterie.ops._triton import interpreting
+
+        return None if interpreting() else "it takes CUDA tensors (or TRITON_INTERPRET=1 for tests), got cpu"
+    if call.device != "cuda":
+        return f"it takes CUDA tensors, got {call.device}"
+    if call.dtype == torch.float64:
+        return "it computes in float32: float64 is served by 'native' and 'reference'"
+    if call.head_dim > 256:
+        return f"it takes head_dim up to 256, got {call.head_dim}"
+    from coterie.ops._triton import missing
+
+    return missing()
 
 
 def _cpu_refusal(call: Call) -> str | None:
@@ -196,6 +223,7 @@ COMPOSABLE_ATTENTION = register(
     Operation(
         _OP,
         (
+            Backend("triton", "fused GPU kernels in Triton", _triton_refusal),
             Backend("cpu", "C++ kernels, compiled on first use", _cpu_refusal),
             Backend("native", "torch operators on chunks of queries", lambda c: _EXPORTED if c.exporting else None),
             Backend("reference", "the definition, all scores at once", lambda call: None),

@@ -10,6 +10,9 @@ from torch.nn.functional import pad
 from coterie.ops import _cpp
 from coterie.ops._dispatch import Call
 from coterie.ops.composable.maps import HeadComposition
+from coterie.ops.composable.packing import even_rank
+from coterie.ops.composable.packing import pack as pack_maps
+from coterie.ops.composable.packing import unpack as unpack_maps
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 TILE = 64  # TS in compose.h
@@ -49,70 +52,19 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-# ---------------------------------------------------------------------------- maps, as the kernels read them
-def _even(x: Tensor) -> Tensor:
-    """(batch, tokens, rank, heads) with one more rank of zeros if it is odd."""
-    return pad(x, (0, 0, 0, 1)) if x.shape[2] % 2 else x
-
-
-def _rank(x: Tensor | None) -> int:
-    return 0 if x is None else x.shape[2] + x.shape[2] % 2
-
-
-def _side(into: Tensor | None, out: Tensor | None, gate: Tensor | None, one: float, wide: torch.dtype) -> Tensor | None:
-    """One side's maps as (batch, tokens, (2 rank + 1) heads): in, out, gate + one. Ranks are even."""
-    ranks = [_even(x.to(wide)) for x in (into, out) if x is not None]
-    if gate is not None:
-        gate = gate.to(wide) + one
-    elif ranks:
-        gate = ranks[0].new_full((*ranks[0].shape[:2], ranks[0].shape[3]), one)
-    else:
-        return None
-    return torch.cat([*(x.flatten(2) for x in ranks), gate], -1)
-
-
 def _tiled(x: Tensor | None) -> Tensor | None:
-    """(batch, keys, width) as (batch, tiles, width, TILE)."""
+    """(batch, keys, rows, heads) as (batch, tiles, rows * heads, TILE)."""
     if x is None:
         return None
-    return pad(x, (0, 0, 0, -x.shape[1] % TILE)).unflatten(1, (-1, TILE)).transpose(2, 3).contiguous()
+    x = pad(x.flatten(2), (0, 0, 0, -x.shape[1] % TILE)).unflatten(1, (-1, TILE)).transpose(2, 3)
+    return x.contiguous()
 
 
-def _packed(maps: HeadComposition, wide: torch.dtype) -> list[Tensor | None]:
-    return [
-        _side(maps.query_in, maps.query_out, maps.query_gate, 1.0, wide),
-        _tiled(_side(maps.key_in, maps.key_out, maps.key_gate, 0.0, wide)),
-        None if maps.static is None else maps.static.to(wide).contiguous(),
-    ]
+def _untiled(x: Tensor | None, keys: int, heads: int) -> Tensor | None:
+    """(batch, tiles, rows * heads, TILE) as (batch, keys, rows, heads)."""
+    return None if x is None else x.transpose(2, 3).flatten(1, 2)[:, :keys].unflatten(2, (-1, heads))
 
 
-def _split(side: Tensor | None, into: Tensor | None, gate: Tensor | None) -> list[Tensor | None]:
-    """The gradients of in, out and gate, out of one in the layout of `_side`; None for what was not given."""
-    if side is None:
-        return [None, None, None]
-    rank, even = (0 if into is None else into.shape[2]), _rank(into)
-    rows = side.unflatten(-1, (2 * even + 1, -1))
-    parts = [None, None] if into is None else [rows[:, :, :rank], rows[:, :, even : even + rank]]
-    return [*parts, None if gate is None else rows[:, :, -1]]
-
-
-def _unpacked(slopes: list[Tensor | None], maps: HeadComposition, keys: int) -> list[Tensor | None]:
-    """The gradients of the seven parts of `maps`, in their dtypes."""
-    query, key, static = slopes
-    if key is not None:
-        key = key.transpose(2, 3).flatten(1, 2)[:, :keys]
-    parts = [
-        *_split(query, maps.query_in, maps.query_gate),
-        *_split(key, maps.key_in, maps.key_gate),
-        static,
-    ]
-    return [
-        None if x is None or like is None else like.new_empty(like.shape).copy_(x)
-        for x, like in zip(parts, maps, strict=True)
-    ]
-
-
-# ---------------------------------------------------------------------------- the two passes
 class _Inputs:
     """The arguments of a call as memory; holds what the addresses point to."""
 
@@ -130,13 +82,16 @@ class _Inputs:
         self.tensors = [_rows(x) for x in (query, key, value)]
         self.wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.name = str(query.dtype).removeprefix("torch.")
-        self.maps = [*_packed(pre, self.wide), *_packed(post, self.wide)]
+        self.maps: list[Tensor | None] = []
+        for maps in (pre, post):
+            query_side, key_side, static = pack_maps(maps, self.wide)
+            self.maps += [query_side, _tiled(key_side), static]
         self.mask = None
         if attn_mask is not None:
             pairs = (query.shape[0], 1, query.shape[2], key.shape[2])
             self.mask = attn_mask.expand(pairs)[:, 0].view(torch.uint8)
         batch, heads, queries, head_dim = query.shape
-        ranks = [_rank(x) for maps in (pre, post) for x in (maps.query_in, maps.key_in)]
+        ranks = [even_rank(x) for maps in (pre, post) for x in (maps.query_in, maps.key_in)]
         self.sizes = (ctypes.c_int64 * 14)(
             *(batch, heads, key.shape[1], queries, key.shape[2], head_dim, value.shape[3]),
             *(is_causal, window or 0, _block(query), *ranks),
@@ -219,5 +174,5 @@ def backward(
         inputs.strides(grad),
         ctypes.c_double(scale),
     )
-    keys = key.shape[2]
-    return results, _unpacked(slopes[:3], pre, keys), _unpacked(slopes[3:], post, keys)
+    sides = [_untiled(x, key.shape[2], query.shape[1]) if i % 3 == 1 else x for i, x in enumerate(slopes)]
+    return results, unpack_maps(pre, *sides[:3]), unpack_maps(post, *sides[3:])
