@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from coterie.bench import BenchOp, Case, Contender, get_op
-from coterie.bench.mechanisms import EXACT, exact_attention_rows, exact_flops
+from coterie.bench.mechanisms.exact import EXACT, exact_attention_rows, exact_flops
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The operations that `coterie bench` knows. A new mechanism is one `register_op(BenchOp(...))` in `mechanisms.py`.
+"""The operations that `coterie bench` knows. A new mechanism is one file in `mechanisms` with a
+`register_op(BenchOp(...))`.
 
 An entry says how to make inputs, who contends (the baseline first), what each contender computes and how many FLOPs
 that takes, and gives for everything computed an oracle: plain torch on chosen query rows, from which the check before
@@ -90,6 +91,7 @@ class Contender:
         growth: the power of the number of tokens with which time grows, for predicting the time at the next size.
         memory: bytes beyond the inputs at the worst moment, where that is quadratic and must be refused before it
             hurts.
+        reads: the inputs that it reads, where those are not all: the others get no gradient from it.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Contender:
     flops: Callable[[Case, bool], int]
     growth: int
     memory: Callable[[Case], int] | None = None
+    reads: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class BenchOp:
         summary: one line.
         options: its own sizes by name.
         make_inputs: seeded inputs of a case, by name, on the case's device and in its dtype.
-        differentiable: the inputs whose gradients the backward pass makes.
+        differentiable: the inputs whose gradients the backward pass makes, as far as a case has them.
         baseline: what the others are compared with.
         backends: every backend of a case by name, as a contender or as the sentence why it cannot run.
         default_backends: the names measured unless others are asked for; those that cannot run are left out.
@@ -130,6 +133,11 @@ class BenchOp:
     oracles: dict[str, Callable[[Case, Inputs, Tensor], Tensor]]
     auto: Callable[[Case, bool], str]
     warm_up_tokens: Callable[[Case], int] = lambda case: 64
+
+    def wanted(self, contender: Contender, inputs: Inputs) -> list[str]:
+        """The inputs whose gradients the backward pass of `contender` makes."""
+        reads = inputs if contender.reads is None else contender.reads
+        return [name for name in self.differentiable if name in inputs and name in reads]
 
     def case(self, **sizes: Any) -> Case:
         """A case with this operation's options completed by their defaults and checked.

@@ -11,7 +11,7 @@ The allowed error is not set by hand: twice the error that the oracle makes when
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -67,18 +67,20 @@ def check_backward(op: BenchOp, case: Case, contender: Contender) -> Check:
     def plain(**tensors: Tensor) -> Tensor:
         return oracle(case, tensors, rows.to(tensors["query"].device))
 
-    found = _gradients(op, contender.run, inputs, case.torch_dtype)
-    low = _gradients(op, plain, inputs, case.torch_dtype)
-    exact = _gradients(op, plain, _in_float64(inputs), case.torch_dtype)
+    wanted = op.wanted(contender, inputs)
+    found = _gradients(wanted, contender.run, inputs, case.torch_dtype)
+    low = _gradients(wanted, plain, inputs, case.torch_dtype)
+    exact = _gradients(wanted, plain, _in_float64(inputs), case.torch_dtype)
     scale = max(gradient.abs().max().item() for gradient in exact.values())
-    checks = [_compare(f"gradient of {name}", found[name], low[name], exact[name], scale) for name in op.differentiable]
+    checks = [_compare(f"gradient of {name}", found[name], low[name], exact[name], scale) for name in wanted]
     return max(checks, key=lambda check: check.error / check.budget if check.passed else float("inf"))
 
 
 def backward_call(op: BenchOp, contender: Contender, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
     """A function that makes one forward and one backward pass and returns the gradients."""
-    leaves = _leaves(op, inputs)
-    wanted = [leaves[name] for name in op.differentiable]
+    names = op.wanted(contender, inputs)
+    leaves = _leaves(names, inputs)
+    wanted = [leaves[name] for name in names]
     upstream: list[Tensor] = []
 
     def call() -> tuple[Tensor, ...]:
@@ -90,18 +92,20 @@ def backward_call(op: BenchOp, contender: Contender, inputs: Inputs) -> Callable
     return call
 
 
-def _gradients(op: BenchOp, run: Callable[..., Tensor], inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+def _gradients(
+    wanted: Sequence[str], run: Callable[..., Tensor], inputs: Inputs, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Gradients under an upstream gradient that differs from element to element, so that a mix-up of rows shows; it is
     rounded to `dtype`, so that every precision gets the same one."""
-    leaves = _leaves(op, inputs)
+    leaves = _leaves(wanted, inputs)
     output = run(**leaves)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(output)
-    gradients = torch.autograd.grad(output, [leaves[name] for name in op.differentiable], upstream)
-    return dict(zip(op.differentiable, gradients, strict=True))
+    gradients = torch.autograd.grad(output, [leaves[name] for name in wanted], upstream)
+    return dict(zip(wanted, gradients, strict=True))
 
 
-def _leaves(op: BenchOp, inputs: Inputs) -> Inputs:
-    return {name: tensor.detach().requires_grad_(name in op.differentiable) for name, tensor in inputs.items()}
+def _leaves(wanted: Sequence[str], inputs: Inputs) -> Inputs:
+    return {name: tensor.detach().requires_grad_(name in wanted) for name, tensor in inputs.items()}
 
 
 def _compare(what: str, found: Tensor, plain: Tensor, exact: Tensor, scale: float) -> Check:
