@@ -45,12 +45,12 @@ def test_op(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path, "model", "test_resnet", "test_vit", "--size", "32", "64", "--baseline", "test_resnet") == 0
+    assert run(tmp_path, "model", "test_resnet", "test_vit", "--size", "32", "32x64", "--baseline", "test_resnet") == 0
     report, path = files(tmp_path)
-    assert [result["case"]["size"] for result in report["results"]] == [32, 64]
+    assert [result["case"]["size"] for result in report["results"]] == [32, [32, 64]]
     assert report["baseline"] == "test_resnet"
     assert "test-resnet-test-vit" in path.name
-    assert "64x64 pixels, forward: batch 1, float32" in capsys.readouterr().out
+    assert "32x64 pixels, forward: batch 1, float32" in capsys.readouterr().out
 
 
 def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

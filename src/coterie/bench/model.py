@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ from coterie.bench.timing import DEFAULT_SETTINGS, Settings, alternate
 
 @dataclass(frozen=True)
 class ModelCase:
-    """How the models are run. `train` times forward, cross-entropy and backward, without an optimizer step."""
+    """How the models are run: `size` in pixels, of squares or (height, width). `train` times forward, cross-entropy
+    and backward, without an optimizer step."""
 
-    size: int = 224
+    size: int | tuple[int, int] = 224
     batch: int = 1
     dtype: str = "float32"
     device: str = "cpu"
@@ -37,11 +38,21 @@ class ModelCase:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("size", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch < 1 or min(self.height_width) < 1:
+            raise ValueError(f"size and batch must be at least 1, got {self.pixels} and {self.batch}")
         open_dtype(self.dtype)
         open_device(self.device)
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        return height, width
+
+    @property
+    def pixels(self) -> str:
+        """The size as the command takes it: 224, or 800x1333."""
+        return str(self.size) if isinstance(self.size, int) else "x".join(map(str, self.size))
 
 
 def bench_model(
@@ -135,17 +146,17 @@ def make_model(spec: str, case: ModelCase) -> nn.Module:
                 raise
             model = timm.create_model(name, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"model {spec!r} at {case.size} pixels: {first_line(error)}") from error
+        raise ValueError(f"model {spec!r} at {case.pixels} pixels: {first_line(error)}") from error
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
     model = model.to(open_device(case.device), DTYPES[case.dtype]).train(case.train)
     return model.to(memory_format=layout)
 
 
 def make_images(model: nn.Module, case: ModelCase) -> Tensor:
-    """(batch, channels, size, size) normal numbers in the case's layout."""
+    """(batch, channels, height, width) normal numbers in the case's layout."""
     channels = getattr(model, "pretrained_cfg", {}).get("input_size", (3,))[0]
     generator = torch.Generator().manual_seed(case.seed)
-    images = torch.randn(case.batch, getattr(model, "in_chans", channels), case.size, case.size, generator=generator)
+    images = torch.randn(case.batch, getattr(model, "in_chans", channels), *case.height_width, generator=generator)
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
     return images.to(device=open_device(case.device), dtype=DTYPES[case.dtype], memory_format=layout)
 
@@ -161,6 +172,8 @@ def make_call(model: nn.Module, images: Tensor, case: ModelCase) -> Callable[[],
 
         return infer
 
+    # Groups that nobody told the learning rate complain; here nothing is learned.
+    warnings.filterwarnings("ignore", message="centroids of dynamic groups")
     labels = torch.zeros(case.batch, dtype=torch.long, device=images.device)
 
     def train() -> Tensor:
@@ -191,7 +204,7 @@ def _measure(
 ) -> dict[str, Any]:
     direction = "forward+backward" if case.train else "forward"
     result: dict[str, Any] = {"case": asdict(case), "direction": direction, "skipped": [], "contenders": []}
-    label, device = f"{case.size} pixels, {direction}", open_device(case.device)
+    label, device = f"{case.pixels} pixels, {direction}", open_device(case.device)
     calls: dict[str, Callable[[], Tensor]] = {}
     known: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -209,7 +222,7 @@ def _measure(
                 continue
             facts, error = {}, f"failed: {first_line(problem)}"
         except (ValueError, AssertionError, TypeError) as problem:
-            raise ValueError(f"model {name!r} does not take {case.size} pixels: {first_line(problem)}") from problem
+            raise ValueError(f"model {name!r} does not take {case.pixels} pixels: {first_line(problem)}") from problem
         if error is not None:
             result["contenders"].append({"name": name, "error": error})
             continue
@@ -256,17 +269,12 @@ def _check(model: nn.Module, images: Tensor, case: ModelCase) -> tuple[dict[str,
         output = model.eval()(images)
     model.train(case.train)
     flops = forward.get_total_flops()
-    if case.train:
-        with FlopCounterMode(display=False) as both, warnings.catch_warnings():
-            # Groups that nobody told the learning rate complain; here nothing is learned.
-            warnings.filterwarnings("ignore", message="the centroids of dynamic groups")
-            make_call(model, images, replace(case, compile=False))()
-        flops = both.get_total_flops()
-        model.zero_grad(set_to_none=True)
     facts = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "flops": flops,
-        "forward_flops": forward.get_total_flops(),
+        # The gradients of inputs and of weights cost a forward pass each. (torch's own count of a backward pass takes
+        # grouped convolutions for full ones.)
+        "flops": 3 * flops if case.train else flops,
+        "forward_flops": flops,
     }
     if output.ndim != 2 or output.shape[0] != case.batch:
         return facts, f"wrong result, not timed: the output has shape {tuple(output.shape)}, not (batch, classes)"

@@ -77,8 +77,11 @@ def failed(report: dict[str, Any]) -> list[str]:
 def case_label(result: dict[str, Any]) -> str:
     """How a result is called in tables and plots."""
     case = result["case"]
-    size = f"{case['tokens']:,} tokens" if "tokens" in case else f"{case['size']}x{case['size']} pixels"
-    return f"{size}, {result['direction']}"
+    if "tokens" in case:
+        return f"{case['tokens']:,} tokens, {result['direction']}"
+    size = case["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return f"{height}x{width} pixels, {result['direction']}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

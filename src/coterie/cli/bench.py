@@ -39,7 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "names", nargs="+", metavar="MODEL", help="name, or name,option=value,... as in dgt_tiny,attention=global"
     )
     model.add_argument("--baseline", metavar="MODEL", help="what the others are compared with (default: the last)")
-    model.add_argument("--size", nargs="+", type=int, default=[224], metavar="PIXELS", help="image sizes (default 224)")
+    model.add_argument(
+        "--size", nargs="+", default=["224"], metavar="PIXELS", help="image sizes, as 224 or 800x1333 (default 224)"
+    )
     model.add_argument("--batch", type=int, default=1, help="images per call (default 1)")
     model.add_argument("--train", action="store_true", help="time forward and backward together, in training mode")
     model.add_argument("--channels-last", action="store_true", help="memory format of model and images")
@@ -131,8 +133,16 @@ def _model(args: argparse.Namespace, **how: Any) -> dict[str, Any]:
         name: getattr(args, name) for name in ("batch", "dtype", "device", "train", "channels_last", "compile", "seed")
     }
     return bench_model(
-        args.names, [ModelCase(size=size, **shared) for size in args.size], baseline=args.baseline, **how
+        args.names, [ModelCase(size=_pixels(size), **shared) for size in args.size], baseline=args.baseline, **how
     )
+
+
+def _pixels(text: str) -> int | tuple[int, int]:
+    """224, or (800, 1333) of "800x1333"."""
+    sides = text.lower().split("x")
+    if not 1 <= len(sides) <= 2 or not all(side.isdecimal() for side in sides):
+        raise ValueError(f"--size takes pixels as 224, or height x width as 800x1333, got {text!r}")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
 def _cases(args: argparse.Namespace) -> list[Any]:
