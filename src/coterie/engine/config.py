@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 
+from coterie.data.packing import TextConfig
 from coterie.data.transforms import TransformConfig
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class ModelConfig:
     Attributes:
         name: A name that `coterie list models` prints, or that of any timm model. If not given, by the size of the
             pictures: dgt_nano up to 64 pixels, dgt_tiny above; for dense tasks dgt_pico with strides from 4 on up to
-            192 pixels, dgt_tiny above.
+            192 pixels, dgt_tiny above. For language modelling `dcformer` (the default), one of its published sizes, or
+            a model type of transformers, such as `llama`.
         options: Keyword arguments of the model, for example `--model.options.attention global`.
         drop_path: Probability of dropping a residual branch (stochastic depth); grows linearly up to this.
         centroid_init: Where the centroids of dynamic groups start: random unit vectors, or k-means of the first batch.
@@ -58,16 +60,18 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The pictures.
+    """The pictures, or the text.
 
     Attributes:
         source: `digits`, `folder:PATH`, `parquet:PATH`, `hf:NAME`, `webdataset:PATTERN`, or the path of a folder; for
-            dense tasks `digit-scenes`, `coco:PATH`, `voc:PATH`, `maps:PATH`, `parquet:PATH`, or the path of a folder.
+            dense tasks `digit-scenes`, `coco:PATH`, `voc:PATH`, `maps:PATH`, `parquet:PATH`, or the path of a folder;
+            for language modelling `documentation`, `text:FILE[,FILE...]`, `parquet:PATH`, `hf:NAME`, or the path of a
+            folder or file. If not given, that of the task which needs no file.
         workers: Processes that load pictures; 0 loads in the training process.
         max_bad_share: Share of unreadable pictures past which the run stops.
     """
 
-    source: str = "digits"
+    source: str | None = None
     workers: int = 0
     max_bad_share: float = 0.01
 
@@ -111,11 +115,11 @@ class ScheduleConfig:
     """The course of the learning rate: linear warm-up, then half a cosine.
 
     Attributes:
-        warmup_epochs: Epochs of warm-up; a fraction is fine.
+        warmup_epochs: Epochs of warm-up; a fraction is fine. If not given, that of the task (classification: 1).
         final_share: Share of the peak learning rate at which the run ends.
     """
 
-    warmup_epochs: float = 1.0
+    warmup_epochs: float | None = None
     final_share: float = 0.01
 
 
@@ -171,6 +175,7 @@ class RunConfig:
         model: The network.
         data: The pictures.
         transform: What is done to each picture.
+        text: How text becomes rows of tokens.
         augment: Regularisation of the labels.
         optim: The optimizer.
         schedule: The course of the learning rate.
@@ -182,6 +187,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     transform: TransformConfig = field(default_factory=TransformConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -193,7 +199,8 @@ class RunConfig:
         """Folder of the run."""
         if self.output.dir is not None:
             return Path(self.output.dir)
-        data = re.sub(r"[^\w.-]+", "-", self.data.source.rstrip("/").split("/")[-1]).strip("-.")
+        source = self.data.source or _task_defaults(self).get("data.source", "data")
+        data = re.sub(r"[^\w.-]+", "-", source.rstrip("/").split("/")[-1]).strip("-.")
         return Path("runs", data if self.task.name == TaskConfig().name else f"{data}-{self.task.name}")
 
 
@@ -289,14 +296,18 @@ def with_task_defaults(config: RunConfig) -> RunConfig:
     Raises:
         ValueError: an unknown task.
     """
-    from coterie.tasks import task_class
-
     values = dataclasses.asdict(config)
-    for dotted, value in task_class(config.task.name).defaults.items():
+    for dotted, value in _task_defaults(config).items():
         section, name = dotted.split(".")
         if values[section][name] is None:
             values[section][name] = value
     return config_from_dict(values)
+
+
+def _task_defaults(config: RunConfig) -> dict[str, Any]:
+    from coterie.tasks import task_class
+
+    return task_class(config.task.name).defaults
 
 
 def settled(value: Value | None, name: str) -> Value:

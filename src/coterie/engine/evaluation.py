@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from coterie.data import DataSource
 from coterie.engine.batches import select, to_device
 from coterie.engine.distributed import any_rank, make_accelerator
 from coterie.engine.inputs import WHOLE, BadSample, Reader, build_loader, match_classes, open_source
@@ -129,10 +130,11 @@ def evaluate(
     config.train.device = "cpu" if device == "cpu" else "auto"
     if data is not None:
         config.data.source = data
-    source = open_source(config)
+    source = open_source(config, run.source.tokenizer)
     if split not in source.splits:
         raise ValueError(f"split: got {split!r}; {source.name} has {', '.join(source.splits)}")
-    source = match_classes(source, run.source.classes)
+    if isinstance(source, DataSource):
+        source = match_classes(source, run.source.classes)
     accelerator = make_accelerator(config.train)
     model = run.model.to(accelerator.device)
     loader = build_loader(source, split, run.source, config, accelerator, train=False)

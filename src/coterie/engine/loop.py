@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import nn
 
 from coterie.attention import MovingCentroids, follow_learning_rate, initialize_centroids
+from coterie.data.packing import TokenLoader
 from coterie.engine import checkpoint
 from coterie.engine.batches import rows, split, to_device
 from coterie.engine.config import RunConfig, check, settled, with_task_defaults
@@ -40,9 +42,16 @@ from coterie.engine.interrupt import Interrupt
 from coterie.engine.logs import Logs, read_events
 from coterie.engine.optim import build_optimizer, learning_rate, set_learning_rate
 from coterie.engine.progress import Progress
-from coterie.engine.runs import create_run, resolve_run, write_environment, write_source
+from coterie.engine.runs import (
+    create_run,
+    make_task,
+    resolve_run,
+    run_tokenizer,
+    write_environment,
+    write_source,
+)
 from coterie.engine.window import NonFiniteLoss, NonFiniteStep, Window
-from coterie.tasks import Batch, create_task
+from coterie.tasks import Batch
 
 BEFORE_TRAINING = 2**31 - 1  # the step under which initial weights are drawn; no run gets there
 
@@ -84,7 +93,7 @@ def train(config: RunConfig, *, resume: bool = False, show: Callable[[RunConfig]
     check(config)
     accelerator = make_accelerator(config.train)
     config = with_task_defaults(on_main(accelerator, lambda: resolve_run(config, resume)))
-    trainer = Trainer(config, accelerator)
+    trainer = Trainer(config, accelerator, resume)
     on_main(accelerator, lambda: create_run(trainer.config, resume))
     if show and accelerator.is_main_process:
         print(show(trainer.config))
@@ -94,15 +103,13 @@ def train(config: RunConfig, *, resume: bool = False, show: Callable[[RunConfig]
 class Trainer:
     """One run in progress. Building it opens the data and the model, and writes nothing."""
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
+    def __init__(self, config: RunConfig, accelerator: Accelerator, resume: bool = False) -> None:
         self.accelerator = accelerator
         self.run_dir, self.checkpoints = config.run_dir, config.run_dir / "checkpoints"
-        self.source = open_source(config)
+        self.source = open_source(config, run_tokenizer(self.run_dir) if resume else None)
         self.config = config = settle_config(config, self.source)
         self.info = source_info(self.source, config)
-        self.task = create_task(
-            config.task.name, classes=self.info.classes, augment=config.augment, **config.task.options
-        )
+        self.task = make_task(config, self.info)
         self.epochs = settled(config.train.epochs, "train.epochs")
         self.batch_size = settled(config.train.batch_size, "train.batch_size")
         self.peak_rate = settled(config.optim.lr, "optim.lr")
@@ -118,7 +125,8 @@ class Trainer:
         self.step = 0
         self.best: dict[str, Any] | None = None  # step and figure of the best evaluation
         self.final: Evaluation | None = None  # of the last epoch
-        self.window = Window(accelerator)
+        self.unit, self.units = self.task.unit, self.batch_size * self._units_per_row()
+        self.window = Window(accelerator, self.unit)
 
     def _build_model(self) -> None:
         config, accelerator = self.config, self.accelerator
@@ -161,7 +169,7 @@ class Trainer:
         if main:
             write_source(self.run_dir, self.info)
             write_environment(self.run_dir, self.accelerator.device, self.accelerator.num_processes)
-        self.progress = Progress(self.steps, self.step, visible=main)
+        self.progress = Progress(self.steps, self.step, unit=self.unit, visible=main)
         self.logs = Logs(self.run_dir, self.step) if main else None
         self._announce()
         try:
@@ -179,8 +187,13 @@ class Trainer:
         parameters = sum(parameter.numel() for parameter in self.plain_model.parameters())
         self.progress.line(self.source.describe())
         where = f"{self.accelerator.num_processes} x {self.accelerator.device.type}"
-        steps = f"{self.steps} steps of {self.batch_size} images on {where}"
+        steps = f"{self.steps} steps of {self.units} {self.unit} on {where}"
         self.progress.line(f"{self.config.model.name}: {parameters:,} parameters, {steps}")
+        facts = self.task.facts(self.plain_model)
+        if facts:
+            self.progress.line("  ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in facts.items()))
+            if self.logs and not self.step:
+                self.logs.write("model", 0, 0, **facts)
         self.progress.line(f"run folder: {self.run_dir}")
         if self.step:
             self.progress.line(f"going on from step {self.step}")
@@ -236,7 +249,7 @@ class Trainer:
 
     def _learning_rate(self) -> float:
         schedule = self.config.schedule
-        warmup = round(schedule.warmup_epochs * self.epoch_steps)
+        warmup = round(settled(schedule.warmup_epochs, "schedule.warmup_epochs") * self.epoch_steps)
         return learning_rate(self.step, self.steps, warmup, self.peak_rate, schedule)
 
     def _end_epoch(self, done: int) -> None:
@@ -244,13 +257,24 @@ class Trainer:
         if done % self.config.output.eval_every == 0 or self.step == self.steps:
             self.final = self._evaluate(self.monitored, collect=self.step == self.steps)
             figures, name = self.final.figures, self.task.summary
-            if self.best is None or figures[name] > self.best[name]:
+            if self.best is None or self._is_better(figures[name], self.best[name]):
                 self.best = {"step": self.step, name: figures[name]}
+            sample = None
             if self.logs:
-                self.logs.write("eval", self.step, done, split=self.monitored, **figures)
+                sample = self.task.sample(self.answering_model, self.config.train.seed)
+                made = {} if sample is None else {"sample": sample}
+                self.logs.write("eval", self.step, done, split=self.monitored, **figures, **made)
             shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items())
             self.progress.line(f"epoch {done}/{self.epochs}  {self.monitored}: {shown}")
+            if sample is not None:
+                self.progress.line(indent(sample, "    "))
         self._save_checkpoint()
+
+    def _is_better(self, figure: float, than: float) -> bool:
+        return figure > than if self.task.larger_is_better else figure < than
+
+    def _units_per_row(self) -> int:
+        return self.loader.length if isinstance(self.loader, TokenLoader) else 1
 
     def _evaluate(self, split: str, *, collect: bool) -> Evaluation:
         batches = self.test_loaders[split].batches(0, 0, train=False)
@@ -281,7 +305,7 @@ class Trainer:
 
     def _log_training(self, epoch: int) -> None:
         try:
-            values = self.window.close(self.batch_size)
+            values = self.window.close(self.units)
         except NonFiniteStep as found:
             raise self._divergence(found) from None
         values["lr"] = self.plain_optimizer.param_groups[0]["lr"]
@@ -296,7 +320,7 @@ class Trainer:
             hints.append("clip gradients (optim.clip_norm 1)")
         if config.train.precision != "no":
             hints.append(f"train without {config.train.precision}")
-        if config.schedule.warmup_epochs < 1:
+        if (config.schedule.warmup_epochs or 0) < 1:
             hints.append("warm up longer")
         return NonFiniteLoss(
             f"the {found.what} became {found.value} at step {self.step - found.back} of {self.steps}; "

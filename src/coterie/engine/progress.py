@@ -10,13 +10,13 @@ PLAIN_EVERY_SECONDS = 5.0
 
 
 class Progress:
-    """Shows loss, learning rate, images per second and time left; silent on all ranks but the main one.
+    """Shows loss, learning rate, speed and time left; silent on all ranks but the main one.
 
     Use as a context manager around the loop.
     """
 
-    def __init__(self, steps: int, done: int, *, visible: bool = True) -> None:
-        self._steps, self._first = steps, done
+    def __init__(self, steps: int, done: int, *, unit: str = "images", visible: bool = True) -> None:
+        self._steps, self._first, self._unit = steps, done, unit
         self._start = self._last_line = time.monotonic()
         self._visible = visible
         self._live: Any = None
@@ -46,8 +46,8 @@ class Progress:
 
     def status(self, step: int, epoch: int, epochs: int, values: dict[str, float]) -> None:
         """Show the latest figures, at most every few seconds on a pipe."""
-        text = (f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_s']:.0f} images/s  "
-                f"{self.time_left(step)} left")  # fmt: skip
+        text = (f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+                f"{values[f'{self._unit}_per_s']:.0f} {self._unit}/s  {self.time_left(step)} left")  # fmt: skip
         if self._live:
             self._live.update(self._task, status=text)
         elif self._visible and time.monotonic() - self._last_line >= PLAIN_EVERY_SECONDS:

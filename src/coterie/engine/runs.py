@@ -2,6 +2,7 @@
 
 config.yaml        the configuration (see `config`)
 source.json        classes, channels and normalisation of the pictures: what prediction needs without the data
+tokenizer.json     of a language model
 environment.json   versions and hardware of the latest start
 metrics.jsonl      the log of events            tensorboard/   the same for TensorBoard
 checkpoints/       see `checkpoint`
@@ -16,7 +17,7 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import coterie
+from coterie.data.text import TextFacts
+from coterie.data.tokenizers import TextTokenizer, load_tokenizer
 from coterie.data.transforms import TransformConfig
 from coterie.engine import checkpoint
 from coterie.engine.config import RunConfig, dump_config, load_config, merge_for_resume
 from coterie.engine.files import StorageError, atomic_write, remove_leftovers
 from coterie.tasks import Task, create_task
+
+TOKENIZER = "tokenizer.json"
 
 
 @dataclass
@@ -40,13 +45,17 @@ class SourceInfo:
         name: The data that the model was trained on.
         classes: Class names in the order of the labels.
         transform: What is done to pictures, with nothing left open.
-        target: What is known of each picture: `class`, `label_map` or `instances`.
+        target: What is known of each picture: `class`, `label_map` or `instances`; or `text`.
+        text: Of text: vocabulary, rows, sizes.
+        tokenizer: Of text.
     """
 
     name: str
     classes: list[str]
     transform: TransformConfig
     target: str = "class"
+    text: TextFacts | None = None
+    tokenizer: TextTokenizer | None = None
 
     @property
     def channels(self) -> int:
@@ -110,7 +119,7 @@ def _delete_run(run_dir: Path) -> None:
     for name in ("checkpoints", "tensorboard"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     names = ("config.yaml", "source.json", "environment.json", "metrics.jsonl", "model.safetensors", "predictions.npz",
-             "report.html")  # fmt: skip
+             "report.html", "tokenizer.json")  # fmt: skip
     for name in names:
         (run_dir / name).unlink(missing_ok=True)
 
@@ -126,7 +135,11 @@ def _check_writable(run_dir: Path) -> None:
 
 def write_source(run_dir: Path, info: SourceInfo) -> None:
     """Remember the data source in the run folder."""
-    atomic_write(run_dir / "source.json", json.dumps(asdict(info), indent=1))
+    values = {field.name: getattr(info, field.name) for field in fields(info) if field.name != "tokenizer"}
+    values |= {"transform": asdict(info.transform), "text": asdict(info.text) if info.text else None}
+    if info.tokenizer:
+        atomic_write(run_dir / TOKENIZER, info.tokenizer.to_json())
+    atomic_write(run_dir / "source.json", json.dumps(values, indent=1))
 
 
 def read_source(run_dir: Path) -> SourceInfo:
@@ -135,7 +148,25 @@ def read_source(run_dir: Path) -> SourceInfo:
     transform: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values["transform"].items()
     }
-    return SourceInfo(values["name"], values["classes"], TransformConfig(**transform), values.get("target", "class"))
+    text = TextFacts(**values["text"]) if values.get("text") else None
+    tokenizer = read_tokenizer(run_dir, text.kind) if text else None
+    return SourceInfo(
+        values["name"], values["classes"], TransformConfig(**transform), values.get("target", "class"), text, tokenizer
+    )
+
+
+def read_tokenizer(run_dir: Path, kind: str) -> TextTokenizer:
+    """The tokenizer that the run keeps. Raises FileNotFoundError or ValueError where it is missing or damaged."""
+    path = run_dir / TOKENIZER
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; the run's tokens mean nothing without it")
+    return load_tokenizer(kind, path.read_text("utf-8"), str(path))
+
+
+def make_task(config: RunConfig, info: SourceInfo) -> Task:
+    """The task of a run, for its data."""
+    known = {"text": info.text, "tokenizer": info.tokenizer} if info.text else {}
+    return create_task(config.task.name, classes=info.classes, augment=config.augment, **known, **config.task.options)
 
 
 def write_environment(run_dir: Path, device: torch.device, processes: int) -> None:
@@ -178,7 +209,7 @@ def load_run(run_dir: str | Path, weights: str = "final") -> LoadedRun:
     if not (run_dir / "source.json").is_file():
         raise FileNotFoundError(f"the run in {run_dir} stopped before training began; there are no weights in it")
     config, source = load_config(run_dir / "config.yaml"), read_source(run_dir)
-    task = create_task(config.task.name, classes=source.classes, augment=config.augment, **config.task.options)
+    task = make_task(config, source)
     model = task.build_model(config.model, source)
     path, step, tensors = _find_weights(run_dir, weights)
     checkpoint.load_weights(model, tensors, path)
@@ -202,3 +233,10 @@ def _find_weights(run_dir: Path, weights: str) -> tuple[Path, int, dict[str, Any
             raise FileNotFoundError(f"the best checkpoint, {folder}, is missing or damaged; take --weights final")
     tensors = checkpoint.read_tensors(folder, "average") or checkpoint.read_tensors(folder, "model")
     return folder, state["step"], tensors or {}
+
+
+def run_tokenizer(run_dir: Path) -> TextTokenizer | None:
+    """The tokenizer of a run that goes on; None where it stopped before there was one, and of runs on pictures."""
+    if not (run_dir / "source.json").is_file():
+        return None
+    return read_source(run_dir).tokenizer

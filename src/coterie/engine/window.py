@@ -32,8 +32,8 @@ class NonFiniteStep(ArithmeticError):
 class Window:
     """Collects steps without waiting for the device; `fetch` waits."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, unit: str = "images") -> None:
+        self._accelerator, self._unit = accelerator, unit
         self._numbers: list[tuple[float, float]] = []
         self._tensors: list[Tensor] = []
         self._new_steps = 0
@@ -74,11 +74,14 @@ class Window:
         yield
         self._paused += time.monotonic() - start
 
-    def close(self, batch_size: int) -> dict[str, float]:
-        """The figures of the window, and a new window."""
+    def close(self, units: int) -> dict[str, float]:
+        """The figures of the window, and a new window; a step handled so many `units` (images, tokens)."""
         losses, norms = zip(*self.fetch(), strict=True)
         seconds = max(time.monotonic() - self._start - self._paused, 1e-9)
-        figures = {"loss": sum(losses) / len(losses), "images_per_s": round(self._new_steps * batch_size / seconds, 1)}
+        figures = {
+            "loss": sum(losses) / len(losses),
+            f"{self._unit}_per_s": round(self._new_steps * units / seconds, 1),
+        }
         if finite := [norm for norm in norms if math.isfinite(norm)]:
             figures["grad_norm"] = sum(finite) / len(finite)
         self._numbers, self._new_steps = [], 0

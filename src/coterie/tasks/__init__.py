@@ -17,19 +17,29 @@ class Task(Protocol):
     """What the engine asks of a task.
 
     Attributes:
-        summary: Name of the metric by which runs are compared; larger is better.
-        target: What a sample is labelled with: "class", "label_map" or "instances".
+        summary: Name of the figure by which runs are compared.
+        larger_is_better: Whether that figure grows or falls as models get better.
+        unit: What the speed of training is counted in.
+        target: What a sample is labelled with: "class", "label_map", "instances", or "text" for text without labels.
         masks: Whether instances must come with their masks.
         defaults: Dotted names of configuration fields, and what they are where the user leaves them open.
     """
 
     summary: str
+    larger_is_better: ClassVar[bool]
+    unit: ClassVar[str]
     target: ClassVar[str]
     masks: ClassVar[bool]
     defaults: ClassVar[dict[str, Any]]
 
     def build_model(self, config: Any, source: Any) -> nn.Module:
         """The model for `source`; `config` has `name`, `options` and `drop_path`."""
+
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        """Numbers about the model that the log keeps from the beginning."""
+
+    def sample(self, model: nn.Module, seed: int) -> str | None:
+        """Something that the model makes after an evaluation, for people to look at; a function of weights and seed."""
 
     def prepare_batch(self, batch: Batch) -> Batch:
         """What is done to a training batch on the device (mixup). Draws only from the global random generators."""
@@ -62,6 +72,21 @@ class Task(Protocol):
         """One plain object for each sample of the batch: what `coterie predict` says, draws and writes."""
 
 
+class PictureTask:
+    """What tasks on pictures have in common."""
+
+    larger_is_better: ClassVar[bool] = True
+    unit: ClassVar[str] = "images"
+
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        """Nothing beyond what the engine says of every model."""
+        return {}
+
+    def sample(self, model: nn.Module, seed: int) -> str | None:
+        """These models make nothing."""
+        return None
+
+
 def _classification() -> type:
     from coterie.tasks.classification import Classification
 
@@ -86,11 +111,18 @@ def _instance_segmentation() -> type:
     return InstanceSegmentation
 
 
+def _language_modeling() -> type:
+    from coterie.tasks.language_modeling import LanguageModeling
+
+    return LanguageModeling
+
+
 _TASKS: dict[str, Callable[[], type]] = {
     "classification": _classification,
     "semantic-segmentation": _semantic_segmentation,
     "object-detection": _object_detection,
     "instance-segmentation": _instance_segmentation,
+    "language-modeling": _language_modeling,
 }
 
 
@@ -129,4 +161,4 @@ def create_task(name: str, *, classes: Sequence[str], augment: Any = None, **opt
     return task_class(name)(classes, augment=values, **options)
 
 
-__all__ = ["Batch", "Task", "create_task", "list_tasks", "task_class"]
+__all__ = ["Batch", "PictureTask", "Task", "create_task", "list_tasks", "task_class"]

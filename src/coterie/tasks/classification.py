@@ -9,13 +9,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coterie.tasks import Batch
+from coterie.tasks import Batch, PictureTask
 
 TOP = 5
 CONFUSIONS_SHOWN = 3
 
 
-class Classification:
+class Classification(PictureTask):
     """Classify images into `classes`.
 
     A batch holds `image` (batch, channels, height, width), `label` (batch,) int64 and `index` (batch,) int64; in
@@ -29,7 +29,13 @@ class Classification:
     summary = "accuracy"
     target: ClassVar[str] = "class"
     masks: ClassVar[bool] = False
-    defaults: ClassVar[dict[str, Any]] = {"optim.lr": 1e-3, "train.epochs": 10, "train.batch_size": 64}
+    defaults: ClassVar[dict[str, Any]] = {
+        "data.source": "digits",
+        "schedule.warmup_epochs": 1.0,
+        "optim.lr": 1e-3,
+        "train.epochs": 10,
+        "train.batch_size": 64,
+    }
 
     def __init__(self, classes: Sequence[str], *, augment: Mapping[str, Any]) -> None:
         self.classes = list(classes)

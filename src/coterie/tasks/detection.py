@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from coterie.tasks import Batch
+from coterie.tasks import Batch, PictureTask
 from coterie.tasks._dense import build_backbone, class_colors, with_legend
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ WORST_SHOWN = 3
 Detection = dict[str, Any]
 
 
-class ObjectDetection:
+class ObjectDetection(PictureTask):
     """Find the objects of `classes` in an image.
 
     A training batch holds `image` (batch, channels, height, width), `mask` (batch, height, width) bool where images are
@@ -50,7 +50,13 @@ class ObjectDetection:
     target: ClassVar[str] = "instances"
     masks: ClassVar[bool] = False
     detectors: ClassVar[tuple[str, ...]] = ("retinanet", "fcos", "faster_rcnn")
-    defaults: ClassVar[dict[str, Any]] = {"optim.lr": 5e-4, "train.epochs": 50, "train.batch_size": 8}
+    defaults: ClassVar[dict[str, Any]] = {
+        "data.source": "digit-scenes",
+        "schedule.warmup_epochs": 1.0,
+        "optim.lr": 5e-4,
+        "train.epochs": 50,
+        "train.batch_size": 8,
+    }
 
     def __init__(
         self,

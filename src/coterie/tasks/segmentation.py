@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from coterie.tasks import Batch
+from coterie.tasks import Batch, PictureTask
 from coterie.tasks._dense import BACKGROUND_NAMES, build_backbone, class_colors, with_legend
 from coterie.tasks._segmenter import DECODERS, MULTIPLE, Segmenter
 
@@ -23,7 +23,7 @@ WORST_SHOWN = 3
 OVERLAY = 0.55
 
 
-class SemanticSegmentation:
+class SemanticSegmentation(PictureTask):
     """Label every pixel with one of `classes`.
 
     A training batch holds `image` (batch, channels, height, width), `label_map` (batch, height, width) int64 where 255
@@ -50,7 +50,13 @@ class SemanticSegmentation:
     summary = "miou"
     target: ClassVar[str] = "label_map"
     masks: ClassVar[bool] = False
-    defaults: ClassVar[dict[str, Any]] = {"optim.lr": 1e-3, "train.epochs": 50, "train.batch_size": 8}
+    defaults: ClassVar[dict[str, Any]] = {
+        "data.source": "digit-scenes",
+        "schedule.warmup_epochs": 1.0,
+        "optim.lr": 1e-3,
+        "train.epochs": 50,
+        "train.batch_size": 8,
+    }
 
     def __init__(
         self,
