@@ -118,6 +118,48 @@ def test_instances_are_written_as_coco(
         assert mask.sum() == annotation["area"]
 
 
+def test_coco_files_take_the_numbers_of_an_annotation_file(
+    dense_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, out = dense_runs[INSTANCES], tmp_path / "out"
+    files = pictures(run_dir)[:3]
+    truth = {
+        "images": [{"id": 900 - i, "file_name": f"val/{Path(file).name}"} for i, file in enumerate(files)],
+        "categories": [{"id": 17, "name": "disc"}, {"id": 4, "name": "square"}, {"id": 5, "name": "more"}],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    command = [
+        "predict",
+        str(run_dir),
+        "--output",
+        str(out),
+        "--device",
+        "cpu",
+        "--numbers",
+        str(tmp_path / "truth.json"),
+    ]
+    assert main([*command, *files, "--score", "0"]) == 0
+    written = json.loads((out / "predictions.coco.json").read_text())
+    assert [image["id"] for image in written["images"]] == [900, 899, 898]
+    assert {entry["image_id"] for entry in written["annotations"]} <= {900, 899, 898}
+    assert {category["name"]: category["id"] for category in written["categories"]} == {"disc": 17, "square": 4}
+    assert {entry["category_id"] for entry in written["annotations"]} <= {4, 17} != set()
+    capsys.readouterr()
+
+    truth["categories"].pop(0)
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    assert main([*command, *files]) == 2
+    assert "truth.json: no category 'disc'; it has more, square" in capsys.readouterr().err
+    truth["categories"].append({"id": 1, "name": "disc"})
+    truth["images"].pop(0)
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    assert main([*command, *files]) == 2
+    assert f"no images of the name {Path(files[0]).name}, takes one" in capsys.readouterr().err
+    (tmp_path / "truth.json").write_text("[]")
+    assert main([*command, *files]) == 2
+    assert "truth.json: not a COCO annotation file" in capsys.readouterr().err
+
+
 def test_scores_below_the_least_are_left_out(
     dense_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -254,3 +254,17 @@ def test_other_mistakes_are_named(tmp_path, pair):
     fill(pair, maps=lambda number: np.full(SIZE, IGNORE, dtype=np.uint8))
     with pytest.raises(ValueError, match="label values run to -1"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_few_pictures_without_a_split_hold_one_out(pair, tmp_path, count):
+    for number in range(count):
+        pair(f"images/{number}.png", f"labels/{number}.png", seed=number)
+    splits = opened(tmp_path).splits
+    assert {name: len(split) for name, split in splits.items()} == {"train": count - 1, "test": 1}
+
+
+def test_one_picture_is_too_few(pair, tmp_path):
+    pair("images/0.png", "labels/0.png")
+    with pytest.raises(ValueError, match="1 images and no test split: too few to hold any out"):
+        opened(tmp_path)

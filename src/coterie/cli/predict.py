@@ -9,6 +9,7 @@ examples:
   coterie predict runs/photos holiday/*.jpg --top 3
   coterie predict runs/photos holiday/*.jpg --json > answers.jsonl
   coterie predict runs/street photos/ --output found --score 0.3
+  coterie predict runs/cells val/ --score 0 --numbers instances_val.json      for COCO's own evaluation
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--score", type=float, default=0.5, metavar="S",
         help="leave out instances of a lower score (default 0.5; 0 keeps all, as evaluation tools want it)",
     )  # fmt: skip
+    dense.add_argument(
+        "--numbers", metavar="FILE",
+        help="a COCO annotation file whose numbers of images and categories the coco file takes (default: from 1 on)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,8 +67,10 @@ def run(args: argparse.Namespace) -> int:
     paths = image_files(args.images)
     loaded = load_run(args.run, args.weights)
     writer = Writer(args, loaded, paths) if loaded.source.target in FORMATS else None
-    if writer is None and (args.output or args.format):
-        raise ValueError("--output and --format are for detectors and segmentation; this run classifies: take --json")
+    if writer is None and (args.output or args.format or args.numbers):
+        raise ValueError(
+            "--output, --format and --numbers are for detectors and segmentation; this run classifies: take --json"
+        )
     failed = 0
     width = max(map(len, paths))
     for prediction in predict(loaded, paths, device=args.device):
@@ -109,12 +116,19 @@ class Writer:
     """Writes the pictures and files of dense predictions."""
 
     def __init__(self, args: argparse.Namespace, run: LoadedRun, paths: list[str]) -> None:
+        from coterie.engine import answers
+
         takes = FORMATS[run.source.target]
         if args.format and args.format not in takes:
             raise ValueError(
                 f"--format: got {args.format}, this run ({run.config.task.name}) takes {' or '.join(takes)}"
             )
         self.format: str = args.format or takes[0]
+        self.numbers = None
+        if args.numbers:
+            if self.format != "coco":
+                raise ValueError(f"--numbers: only the coco format has numbers, and this is {self.format}")
+            self.numbers = answers.coco_numbers(Path(args.numbers), run.source.classes, paths)
         self.task: Any = run.task
         self.classes, self.least = run.source.classes, args.score
         self.folder = Path(args.output) if args.output else run.run_dir / "predictions"
@@ -158,7 +172,7 @@ class Writer:
             atomic_write(self.folder / "label_maps" / "classes.json", json.dumps(self.classes, indent=1))
             return f"{said}\nlabel maps: {self.folder / 'label_maps'}"
         if self.format == "coco":
-            text = answers.coco_text(self._done, self.classes)
+            text = answers.coco_text(self._done, self.classes, self.numbers)
         else:
             text = json.dumps(self._done)
         return f"{said}\nfile: {atomic_write(self.folder / FILES[self.format], text)}"

@@ -269,8 +269,8 @@ def stratified_split(
         held_out[members[: min(round(share * len(members)), len(members) - 1)]] = True
     if not held_out.any() and len(labels) > len(np.unique(labels)):
         # Classes of fewer than five images round to nothing; one image of the largest class is better than no test.
-        largest = np.bincount(labels).argmax()
-        held_out[order[labels[order] == largest][0]] = True
+        classes, sizes = np.unique(labels, return_counts=True)
+        held_out[order[labels[order] == classes[sizes.argmax()]][0]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,50 @@ def keep_certain(answer: Answer, least: float) -> Answer:
     return {name: values[order] for name, values in answer.items()}
 
 
-def coco_text(predictions: Sequence[dict[str, Any]], classes: Sequence[str]) -> str:
-    """Instances, as `plain` gives them, as one COCO file. Images and categories count from 1."""
+def coco_numbers(file: Path, classes: Sequence[str], images: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """The numbers that a COCO annotation file gives to images, by path, and to classes, by name.
+
+    Images are found by the name of their file, wherever it lies.
+
+    Raises:
+        ValueError: not such a file; a class, or an image, that it does not have, or has twice.
+    """
+    try:
+        document = json.loads(file.read_bytes())
+        entries = [(Path(entry["file_name"]).name, int(entry["id"])) for entry in document["images"]]
+        categories = {str(entry["name"]): int(entry["id"]) for entry in document["categories"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not a COCO annotation file: {type(error).__name__}: {error}") from error
+    if missing := [name for name in classes if name not in categories]:
+        raise ValueError(f"{file}: no category {missing[0]!r}; it has {', '.join(sorted(categories)[:10])}")
+    known: dict[str, list[int]] = {}
+    for name, number in entries:
+        known.setdefault(name, []).append(number)
+    for path in images:
+        if len(found := known.get(Path(path).name, [])) != 1:
+            raise ValueError(f"{file}: {len(found) or 'no'} images of the name {Path(path).name}, takes one")
+    return {path: known[Path(path).name][0] for path in images}, categories
+
+
+def coco_text(
+    predictions: Sequence[dict[str, Any]],
+    classes: Sequence[str],
+    numbers: tuple[dict[str, int], dict[str, int]] | None = None,
+) -> str:
+    """Instances, as `plain` gives them, as one COCO file. Images and categories have the numbers of `coco_numbers`, or
+    count from 1."""
+    if numbers is None:
+        paths = [known["image"] for known in predictions]
+        numbers = (
+            {path: i for i, path in enumerate(paths, start=1)},
+            {name: i for i, name in enumerate(classes, start=1)},
+        )
+    image_ids, category_ids = numbers
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number, known in enumerate(predictions, start=1):
-        size = {"width": known["width"], "height": known["height"]}
-        images.append({"id": number, "file_name": known["image"], **size})
+    for known in predictions:
+        number = image_ids[known["image"]]
+        images.append({"id": number, "file_name": known["image"], "width": known["width"], "height": known["height"]})
         for entry in known["instances"]:
             left, top, right, bottom = entry["box"]
             mask = {"segmentation": entry["mask"]} if "mask" in entry else {}
@@ -47,7 +85,7 @@ def coco_text(predictions: Sequence[dict[str, Any]], classes: Sequence[str]) -> 
                 {
                     "id": len(annotations) + 1,
                     "image_id": number,
-                    "category_id": entry["label"] + 1,
+                    "category_id": category_ids[entry["class"]],
                     "bbox": [left, top, round(right - left, 2), round(bottom - top, 2)],
                     "area": entry["area"],
                     "iscrowd": 0,
@@ -55,7 +93,7 @@ def coco_text(predictions: Sequence[dict[str, Any]], classes: Sequence[str]) -> 
                     **mask,
                 }
             )
-    categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
+    categories = [{"id": category_ids[name], "name": name} for name in classes]
     return json.dumps({"images": images, "annotations": annotations, "categories": categories})
 
 
