@@ -10,14 +10,16 @@ from collections.abc import Sequence
 
 from coterie._version import __version__
 
-_ORDER = ("train", "eval", "predict", "export", "inspect", "bench", "list", "info")
-_EXTRAS = {"segmentation_models_pytorch": "dense", "pycocotools": "dense", "sklearn": "data", "torchmetrics": "train"}
+_ORDER = ("train", "eval", "predict", "generate", "export", "inspect", "bench", "list", "info")
+_EXTRAS = {"segmentation_models_pytorch": "dense", "pycocotools": "dense", "sklearn": "data", "torchmetrics": "train",
+           "transformers": "lm", "tokenizers": "lm"}  # fmt: skip
 """Packages that a command may lack, and the extra that brings them."""
 _EXAMPLES = """\
 examples:
   coterie train                                     train a Dynamic Group Transformer on real handwritten digits
   coterie train --data folder:photos                on your own pictures, one folder per class
   coterie train --task object-detection --data digit-scenes      find things: detectors, segmentation
+  coterie train --task language-modeling            a language model, on documentation that is installed already
   coterie predict runs/digits photo.png             ask a trained run about a picture
   coterie inspect runs/digits photo.png             see which tokens group, and which keys each group chose
   coterie bench op dynamic_group --tokens 3136      speed and memory against exact attention

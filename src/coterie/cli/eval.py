@@ -1,8 +1,9 @@
-"""Evaluate a trained run on its test pictures, or on other pictures with the same classes.
+"""Evaluate a trained run on its test pictures or text, or on others.
 
 examples:
   coterie eval runs/digits
   coterie eval runs/photos --data folder:new_photos
+  coterie eval runs/shakespeare --data text:sonnets.txt      loss, perplexity, bits per byte and per character
   coterie eval runs/digits --split train --weights best --json
 """
 
@@ -18,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("run", metavar="RUN", help="run folder that coterie train wrote")
     parser.add_argument(
-        "--data", metavar="SOURCE", help="other pictures: folder:PATH, parquet:PATH, ... (by default the run's)"
+        "--data", metavar="SOURCE", help="other data: folder:PATH, text:FILE, parquet:PATH, ... (by default the run's)"
     )
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Train a model on your pictures, or on scikit-learn's real handwritten digits when you name none.
+"""Train a model on your pictures or text, or on data that is installed already when you name none.
 
 examples:
   coterie train                                              digits, with the defaults below
@@ -6,6 +6,7 @@ examples:
   coterie train --data folder:photos                         your pictures, one folder per class
   coterie train --task semantic-segmentation --data digit-scenes     a class for every pixel
   coterie train --task object-detection --data coco:street   boxes; also instance-segmentation
+  coterie train --task language-modeling --data text:book.txt        a DCFormer; --model llama for the baseline
   coterie train --config recipes/cifar10.yaml --train.epochs 5 --model.options.attention global
   coterie train --resume runs/digits                         go on with a run that was stopped or killed
   coterie train --print_config                               show the whole configuration and stop
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-HELP = "train a model on pictures"
+HELP = "train a model on pictures or text"
 JSONARGPARSE = True
 SHORT = {"--task": "--task.name", "--data": "--data.source", "--model": "--model.name", "--output": "--output.dir"}
 
@@ -69,7 +70,8 @@ def run(args: Any) -> int:
         print(f"test: {figures}  ({result.seconds:.0f} s)")
         if not args.no_report:
             _report(result.run_dir)
-        print(f"use it: coterie predict {result.run_dir} IMAGE")
+        use = "generate {} --prompt TEXT" if config.task.name == "language-modeling" else "predict {} IMAGE"
+        print(f"use it: coterie {use.format(result.run_dir)}")
     return 0
 
 

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coterie.data.source import split_of
+
 DEFAULT = "documentation"
 TAKES = f"{DEFAULT}, text:FILE[,FILE...], text:FOLDER, parquet:PATH, hf:NAME, or the path of a folder or file"
-SPLITS = {"train": "train", "training": "train", "valid": "validation", "validation": "validation", "val": "validation",
-          "dev": "validation", "test": "test"}  # fmt: skip
 SUFFIXES = (".txt", ".text", ".tokens", ".raw", ".md", ".rst")
 PACKED = (".xz", ".gz")
 SHARE = 0.05  # of validation, and of test, where a source has no such splits
@@ -196,7 +196,7 @@ def _is_text(path: Path) -> bool:
 
 def _split_of(path: Path) -> str | None:
     words = [word for part in path.parts for word in re.split(r"[^a-z]+", part.lower())]
-    return next((SPLITS[word] for word in words if word in SPLITS), None)
+    return next((split for word in words if (split := split_of(word))), None)
 
 
 def _open_table(kind: str, place: str, options: dict[str, str]) -> Texts:

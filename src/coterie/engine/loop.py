@@ -191,7 +191,8 @@ class Trainer:
         self.progress.line(f"{self.config.model.name}: {parameters:,} parameters, {steps}")
         facts = self.task.facts(self.plain_model)
         if facts:
-            self.progress.line("  ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in facts.items()))
+            shown = (f"{name.replace('_', ' ')} {value:,}" for name, value in facts.items() if name != "parameters")
+            self.progress.line("  ".join(shown))
             if self.logs and not self.step:
                 self.logs.write("model", 0, 0, **facts)
         self.progress.line(f"run folder: {self.run_dir}")

@@ -16,6 +16,7 @@ from typing import Any
 from coterie.engine.files import atomic_write
 from coterie.inspect import page
 from coterie.inspect.charts import short
+from coterie.inspect.language import TEXT, language_report
 from coterie.inspect.network import Network, open_run
 from coterie.inspect.report_curves import curves_section, is_number, pretty, training_seconds
 from coterie.inspect.report_groups import choose_samples, groups_section
@@ -38,6 +39,8 @@ def write_report(run_dir: str | Path) -> Path:
         ValueError: it is not a run folder.
     """
     run = read_run(run_dir)
+    if run.target == TEXT:
+        return atomic_write(run.folder / REPORT, language_report(run))
     source, network = _open_source(run), _open_network(run)
     return atomic_write(run.folder / REPORT, build_report(run, source, network))
 

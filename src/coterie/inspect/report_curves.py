@@ -19,13 +19,21 @@ NAMES = {
 }  # fmt: skip
 
 
-def curves_section(run: Run, shares: Sequence[str]) -> str:
-    """Loss, the figures among `shares` in one chart, learning rate, speed, gradient, and whatever else was logged."""
+def curves_section(run: Run, shares: Sequence[str], *, per_step: float = 1, x_label: str = "step") -> str:
+    """Loss, the figures among `shares` in one chart, learning rate, speed, gradient, and whatever else was logged.
+
+    Args:
+        run: The run.
+        shares: Names of figures.
+        per_step, x_label: What the axis counts, and how much of it a step is.
+    """
     train, evals = run.train, run.evals
     cards = []
 
     def column(events: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-        have = [(e.get("step", i), e[key]) for i, e in enumerate(events) if isinstance(e.get(key), int | float)]
+        have = [
+            (e.get("step", i) * per_step, e[key]) for i, e in enumerate(events) if isinstance(e.get(key), int | float)
+        ]
         return [x for x, _ in have], [y for _, y in have]
 
     def lines(keys: Sequence[str], style: int = 0) -> list[Series]:
@@ -51,7 +59,7 @@ def curves_section(run: Run, shares: Sequence[str]) -> str:
         title = "Loss" + (" (logarithmic)" if log else "")
         cards.append(
             page.card(
-                line_chart(loss_lines, x_label="step", describe="Loss over the steps of training", log=log), title
+                line_chart(loss_lines, x_label=x_label, describe="Loss over the steps of training", log=log), title
             )
         )
     shown = [key for key in shares if key in keys]
@@ -62,7 +70,7 @@ def curves_section(run: Run, shares: Sequence[str]) -> str:
             page.card(
                 line_chart(
                     lines(shown[:4]),
-                    x_label="step",
+                    x_label=x_label,
                     describe=f"{what} on the {run.monitored} split over the steps of training",
                     percent=True,
                 ),
@@ -75,26 +83,31 @@ def curves_section(run: Run, shares: Sequence[str]) -> str:
             page.card(
                 line_chart(
                     [Series("learning rate", *rates)],
-                    x_label="step",
+                    x_label=x_label,
                     describe="Learning rate over the steps of training",
                 ),
                 "Learning rate",
             )
         )
-    speed = column(train, "images_per_s")
-    if speed[0]:
-        cards.append(
-            page.card(
-                line_chart([Series("images/s", *speed)], x_label="step", describe="Training speed over the steps"),
-                "Speed, images per second",
+    for unit in ("images", "tokens"):
+        speed = column(train, f"{unit}_per_s")
+        if speed[0]:
+            cards.append(
+                page.card(
+                    line_chart(
+                        [Series(f"{unit}/s", *speed)], x_label=x_label, describe="Training speed over the steps"
+                    ),
+                    f"Speed, {unit} per second",
+                )
             )
-        )
     norms = column(train, "grad_norm")
     if norms[0]:
         norm_lines = [Series("raw", *norms, faint=True), Series("norm (smoothed)", norms[0], list(smooth(norms[1])))]
         cards.append(
             page.card(
-                line_chart(norm_lines, x_label="step", describe="Norm of the gradient before clipping, over the steps"),
+                line_chart(
+                    norm_lines, x_label=x_label, describe="Norm of the gradient before clipping, over the steps"
+                ),
                 "Gradient norm before clipping",
             )
         )
@@ -102,14 +115,14 @@ def curves_section(run: Run, shares: Sequence[str]) -> str:
     for kind in ("ap", "mask_ap"):
         if found := [f"{kind}{size}" for size in SIZES if f"{kind}{size}" in by_size]:
             heading = f"{_sentence(pretty(kind))} by the size of the objects"
-            drawn = line_chart(lines(found), x_label="step", describe=f"{heading}, over the steps", percent=True)
+            drawn = line_chart(lines(found), x_label=x_label, describe=f"{heading}, over the steps", percent=True)
             cards.append(page.card(drawn, heading))
     known = {*shares, *by_size, "ap50", "ap75", "mask_ap50", "mask_ap75"}
     others = [k for k in keys if "loss" not in k and k not in known and not k.endswith(("seconds", "_s", "samples"))]
     for key in others[:4]:
         cards.append(
             page.card(
-                line_chart(lines([key]), x_label="step", describe=f"{pretty(key)} over the steps"),
+                line_chart(lines([key]), x_label=x_label, describe=f"{pretty(key)} over the steps"),
                 _sentence(pretty(key)),
             )
         )
@@ -121,6 +134,8 @@ def training_seconds(run: Run) -> float:
     size, seconds, before = run.setting("train.batch_size"), 0.0, 0.0
     for event in run.train:
         step, speed = event.get("step"), event.get("images_per_s")
+        if speed is None and is_number(event.get("tokens_per_s")):
+            speed = event["tokens_per_s"] / run.setting("text.sequence_length", 1)
         if isinstance(step, int | float) and is_number(step):
             if is_number(size) and isinstance(speed, int | float) and speed > 0:
                 seconds += (step - before) * size / speed

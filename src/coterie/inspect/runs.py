@@ -224,7 +224,7 @@ def _read_log(run: Run) -> None:
 
 def _read_predictions(run: Run) -> None:
     path = run.folder / PREDICTIONS
-    if not path.is_file():
+    if not path.is_file() or run.target == "text":  # of text they hold nothing that the log does not
         return
     try:
         with np.load(path, allow_pickle=False) as file:

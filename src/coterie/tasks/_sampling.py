@@ -66,25 +66,14 @@ def generate_tokens(
 
 
 def sample_text(
-    model: nn.Module,
-    tokenizer: Any,
-    text: Any,
-    prompt: str | None,
-    new_tokens: int,
-    *,
-    seed: int,
-    samples: int = 1,
-    **options: Any,
-) -> list[str]:
-    """Prompt and what follows, `samples` times; sample i is drawn with `seed` + i. The generators are left as found."""
+    model: nn.Module, tokenizer: Any, text: Any, prompt: str | None, new_tokens: int, *, seed: int, **options: Any
+) -> str:
+    """Prompt and what follows, drawn with `seed`. The global generators are left as they were found."""
     was_training, device = model.training, next(model.parameters()).device
-    model.eval()
     first = prompt_tokens(tokenizer, text, prompt)
-    end = text.end if text.several_documents else None
-    out = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for number in range(samples):
-            torch.manual_seed(seed + number)
-            out.append(tokenizer.decode(first + generate_tokens(model, first, new_tokens, end=end, **options)))
+        torch.manual_seed(seed)
+        end = text.end if text.several_documents else None
+        made = generate_tokens(model.eval(), first, new_tokens, end=end, **options)
     model.train(was_training)
-    return out
+    return tokenizer.decode(first + made)

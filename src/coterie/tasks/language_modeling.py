@@ -147,9 +147,11 @@ class LanguageModeling:
         """Text that the model goes on with; the same for the same weights and seed."""
         if not self.sample_tokens:
             return None
-        return sample_text(
-            model, self.tokenizer, self.text, self.prompt, self.sample_tokens, seed=seed, temperature=self.temperature
-        )[0]
+        return self.generate(model, self.prompt, self.sample_tokens, seed=seed, temperature=self.temperature)
+
+    def generate(self, model: nn.Module, prompt: str | None, new_tokens: int, *, seed: int, **options: Any) -> str:
+        """Prompt and what the model goes on with; options as `coterie.tasks._sampling.generate_tokens` takes them."""
+        return sample_text(model, self.tokenizer, self.text, prompt, new_tokens, seed=seed, **options)
 
     def answers(self, output: Int64[Tensor, "batch tokens"], batch: Batch) -> list[Any]:
         """Language models answer by `coterie generate`."""
