@@ -189,18 +189,52 @@ public:
         return p;
     }
 };
-// One of this thread, empty and of at least so many bytes; it grows, is never shrunk, and goes with the thread.
-inline Workspace& workspace(std::size_t bytes) {
-    static thread_local std::unique_ptr<Workspace> mine;
-    static thread_local std::size_t size = 0;
-    if (!mine || bytes > size) {
-        mine.reset();
-        mine.reset(new Workspace(bytes));
-        size = bytes;
+// One that is used again and again; it grows with what is asked for.
+class Spare {
+    std::unique_ptr<Workspace> memory;
+    std::size_t size = 0;
+
+public:
+    Workspace& ask(std::size_t bytes) {
+        if (!memory || bytes > size) {
+            memory.reset();
+            memory.reset(new Workspace(bytes));
+            size = bytes;
+        }
+        memory->clear();
+        return *memory;
     }
-    mine->clear();
-    return *mine;
+    void shrink(std::size_t most) {
+        if (size > most) memory.reset();
+    }
+};
+// One of this thread, empty and of at least so many bytes; it is never shrunk, and goes with the thread.
+inline Workspace& workspace(std::size_t bytes) {
+    static thread_local Spare mine;
+    return mine.ask(bytes);
 }
+// The same for memory that grows with the tokens: one per slot and thread, kept for the next call unless it is large.
+// Fresh pages are dear: on a virtual machine, zeroing them took a third of the time of a backward pass.
+template <int SLOT>
+class Lent {
+    static constexpr std::size_t KEPT = std::size_t(128) << 20;
+    Spare& spare;
+    Workspace& memory;
+    static Spare& mine() {
+        static thread_local Spare one;
+        return one;
+    }
+
+public:
+    explicit Lent(std::size_t bytes) : spare(mine()), memory(spare.ask(bytes)) {}
+    Lent(const Lent&) = delete;
+    Lent& operator=(const Lent&) = delete;
+    ~Lent() { spare.shrink(KEPT); }
+    template <class T>
+    T* take(std::size_t n) {
+        return memory.template take<T>(n);
+    }
+};
 template <class C>
 std::size_t bytes_of(std::initializer_list<std::size_t> counts) {
     std::size_t total = 64;

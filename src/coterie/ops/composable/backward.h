@@ -92,7 +92,7 @@ int backward(const T* g, const T* q, const T* k, const T* v, const Sides<C>& pre
     const i64 stride = i64(N) * TS + 2 * W, tile = R * stride, J = s.tiles(), blocks = s.blocks();
     const i64 ktsize = i64(TS) * s.d, vtsize = i64(TS) * s.dv, ksize = i64(TS) * dp, vsize = i64(TS) * vp;
     const auto all = [&](i64 size) { return std::size_t(s.B * J * s.HK * size); };
-    Workspace shared(bytes_of<C>({all(ktsize), all(vtsize), all(ksize), all(ksize), all(vsize), std::size_t(2 * s.B * blocks) * N * N}));
+    Lent<1> shared(bytes_of<C>({all(ktsize), all(vtsize), all(ksize), all(ksize), all(vsize), std::size_t(2 * s.B * blocks) * N * N}));
     C *kt = shared.take<C>(all(ktsize)), *vt = shared.take<C>(all(vtsize)), *kr = shared.take<C>(all(ksize));
     C *dks = shared.take<C>(all(ksize)), *dvs = shared.take<C>(all(vsize)), *fixed = shared.take<C>(std::size_t(2 * s.B * blocks) * N * N);
     pack_all(s, k, ks, kt, ktsize, threads, [&](const T* x, i64 st, int n, C* o) { pack_transposed(x, st, n, s.d, o); });
@@ -124,7 +124,7 @@ int backward(const T* g, const T* q, const T* k, const T* v, const Sides<C>& pre
     try {
         const auto u = [](i64 n) { return std::size_t(n); };
         const i64 lanes = i64(R) * N * W, fixed_lanes = i64(N) * N * W;
-        Workspace w(bytes_of<C>({u(longest * tile), u(longest * tile), u(longest * tile), u(tile), u(tile), u(tile), u(R * hstride), u(R * hstride),
+        Lent<0> w(bytes_of<C>({u(longest * tile), u(longest * tile), u(longest * tile), u(tile), u(tile), u(tile), u(R * hstride), u(R * hstride),
                                  u(R * N * s.d), u(R * N * dp), u(R * N * s.dv), u(R * N * vp), u(R * N * dp), u(R * TS), u(R * N), u(lanes),
                                  u(R * N), u(R * pre_width * W), u(R * post_width * W), u(fixed_lanes), u(fixed_lanes), u(longest)}));
         C *scores = w.take<C>(u(longest * tile)), *weights = w.take<C>(u(longest * tile)), *slopes = w.take<C>(u(longest * tile));

@@ -57,7 +57,7 @@ int forward(const T* q, const T* k, const T* v, const Sides<C>& pre, const Sides
     // Keys and values are packed once, or, where one block is all that reads them, tile by tile just before.
     const bool ahead = s.blocks() > 1;
     const std::size_t all = ahead ? std::size_t(s.B * J * s.HK) : 0;
-    Workspace packed(bytes_of<C>({all * ksize, all * vsize}));
+    Lent<1> packed(bytes_of<C>({all * ksize, all * vsize}));
     C *kt = packed.take<C>(all * ksize), *vr = packed.take<C>(all * vsize);
     const auto pack_key = [&](const T* x, i64 st, int n, C* o) { pack_transposed(x, st, n, s.d, o); };
     const auto pack_value = [&](const T* x, i64 st, int n, C* o) { pack_panels(x, st, n, TS, s.dv, C(1), o); };
@@ -76,7 +76,7 @@ int forward(const T* q, const T* k, const T* v, const Sides<C>& pre, const Sides
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         try {
-            Workspace w(bytes_of<C>({std::size_t(longest * tile), std::size_t(longest) * R * N, std::size_t(tile), std::size_t(tile), std::size_t(R) * N * s.d,
+            Lent<0> w(bytes_of<C>({std::size_t(longest * tile), std::size_t(longest) * R * N, std::size_t(tile), std::size_t(tile), std::size_t(R) * N * s.d,
                                    std::size_t(R) * N * vp, std::size_t(R) * TS, std::size_t(R) * N, std::size_t(R) * N,
                                    ahead ? 0 : std::size_t(s.HK) * std::max(ksize, vsize), std::size_t(longest)}));
             C* scratch = w.take<C>(std::size_t(longest * tile));
