@@ -108,8 +108,18 @@ class TokenLoader:
         return 1 + math.ceil(max(targets - self.length, 0) / self.stride)
 
     def num_batches(self, train: bool = True) -> int:
-        """Batches in an epoch. Training drops an incomplete last one; less than a batch is repeated."""
+        """Batches in an epoch. Training drops an incomplete last one; less than a batch is repeated.
+
+        Raises:
+            ValueError: too little text for one row of training.
+        """
         if train:
+            if self.num_rows() < 1:
+                raise ValueError(
+                    f"the training text has {len(self.stream.tokens):,} tokens, too few for rows of {self.length}: it "
+                    f"takes {2 * self.length} at least; lower text.sequence_length"
+                )
+        order, offset = self._order(epoch, train)
             return max(self.num_rows() // self.batch_size, 1)
         return math.ceil(self.num_rows(train=False) / self.batch_size)
 
@@ -123,17 +133,11 @@ class TokenLoader:
             part of the text.
 
         Raises:
-            ValueError: `start_batch` is beyond the epoch, or too little text for one row of training.
+            ValueError: `start_batch` is beyond the epoch; and as `num_batches`.
         """
         total = self.num_batches(train)
         if not 0 <= start_batch <= total:
             raise ValueError(f"start_batch: got {start_batch}, takes 0 to {total}, the batches of an epoch")
-        if train and self.num_rows() < 1:
-            raise ValueError(
-                f"the training text has {len(self.stream.tokens):,} tokens, too few for rows of {self.length}: it "
-                f"takes {2 * self.length} at least; lower text.sequence_length"
-            )
-        order, offset = self._order(epoch, train)
         return (self._batch(self._slice(order, number), offset, train) for number in range(start_batch, total))
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from typing import Any
 
@@ -45,9 +46,11 @@ def language_model_config(name: str, options: dict[str, Any], text: Any) -> Any:
         known = kind()
         values = {key: value for key, value in values.items() if hasattr(known, key)}
     else:
+        near = difflib.get_close_matches(name, ["dcformer", *PRESETS, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(
-            f"model {name!r}: takes dcformer, {', '.join(PRESETS)}, or a causal language model of transformers such as "
-            "llama, qwen3, gpt_neox"
+            f"model {name!r}: takes dcformer, {', '.join(PRESETS)}, or a causal language model of transformers, "
+            f"such as llama, qwen3 or gpt_neox{hint}"
         )
     values |= {"vocab_size": text.vocab_size, "max_position_embeddings": text.sequence_length,
                "bos_token_id": text.end, "eos_token_id": text.end, "pad_token_id": None}  # fmt: skip
