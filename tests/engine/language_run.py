@@ -4,24 +4,7 @@ from pathlib import Path
 
 from coterie.engine.config import RunConfig, config_from_dict
 
-WORDS = ("the", "a", "quick", "brown", "red", "fox", "dog", "jumps", "sleeps", "over", "under", "lazy", "happy", "river")
-    "the",
-    "a",
-    "quick",
-    "slow",
-    "brown",
-    "red",
-    "fox",
-    "dog",
-    "jumps",
-    "sleeps",
-    "over",
-    "under",
-    "lazy",
-    "happy",
-    "tree",
-    "river",
-]
+WORDS = ["the", "a", "quick", "brown", "red", "fox", "dog", "jumps", "sleeps", "over", "under", "happy", "river"]
 
 
 def write_prose(path: Path, paragraphs: int = 120) -> Path:

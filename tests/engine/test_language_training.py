@@ -172,11 +172,11 @@ def test_a_killed_run_ends_bit_for_bit_the_same(unbroken: Path, prose: Path, tmp
 @pytest.mark.slow
 def test_two_processes_train_as_one(unbroken: Path, prose: Path, tmp_path: Path) -> None:
     command = [
-        str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
         str(HERE / "two_ranks_language.py"), str(tmp_path / "two"), str(prose),
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = events(unbroken, "test")[0], events(tmp_path / "two", "test")[0]

@@ -119,7 +119,6 @@ class TokenLoader:
                     f"the training text has {len(self.stream.tokens):,} tokens, too few for rows of {self.length}: it "
                     f"takes {2 * self.length} at least; lower text.sequence_length"
                 )
-        order, offset = self._order(epoch, train)
             return max(self.num_rows() // self.batch_size, 1)
         return math.ceil(self.num_rows(train=False) / self.batch_size)
 
@@ -138,6 +137,7 @@ class TokenLoader:
         total = self.num_batches(train)
         if not 0 <= start_batch <= total:
             raise ValueError(f"start_batch: got {start_batch}, takes 0 to {total}, the batches of an epoch")
+        order, offset = self._order(epoch, train)
         return (self._batch(self._slice(order, number), offset, train) for number in range(start_batch, total))
 
     def close(self) -> None:
