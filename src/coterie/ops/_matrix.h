@@ -214,7 +214,7 @@ inline Workspace& workspace(std::size_t bytes) {
     return mine.ask(bytes);
 }
 // The same for memory that grows with the tokens: one per slot and thread, kept for the next call unless it is large.
-// Fresh pages are dear: on a virtual machine, zeroing them took a third of the time of a backward pass.
+// Fresh pages are dear: on a virtual machine, zeroing them took a quarter of a backward pass, or more.
 template <int SLOT>
 class Lent {
     static constexpr std::size_t KEPT = std::size_t(128) << 20;
