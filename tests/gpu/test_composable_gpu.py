@@ -46,7 +46,7 @@ def test_auto_is_triton():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("heads", "dim"), [(8, 64), (16, 64), (32, 64), (32, 128), (12, 80)])
+@pytest.mark.parametrize(("heads", "dim"), [(8, 64), (16, 64), (32, 64), (16, 128), (32, 128), (12, 80)])
 def test_accuracy(dtype, heads, dim):
     check_against_exact(make(dtype, heads=heads, dim=dim, parts=DYNAMIC), is_causal=True)
 
