@@ -26,9 +26,8 @@ def _inputs(case: Case) -> Inputs:
     inputs = query_key_value(case)
     rank = int(case.options["rank"])
     ranked, gate = (case.batch, case.tokens, rank, case.heads), (case.batch, case.tokens, case.heads)
-    static = (case.heads, case.heads)
-    shapes = HeadComposition._fields, (ranked, ranked, gate, ranked, ranked, gate, static)
-    parts: dict[str, tuple[int, ...]] = dict(zip(*shapes, strict=True))
+    shapes: tuple[tuple[int, ...], ...] = (ranked, ranked, gate, ranked, ranked, gate, (case.heads, case.heads))
+    parts = dict(zip(HeadComposition._fields, shapes, strict=True))
     for stream, name in enumerate(_MAPS, start=3):
         part = name.split("_", 1)[1]
         if part != "static" or case.options["static"]:
