@@ -1,9 +1,12 @@
 """See which tokens of an image group together, and which keys each group chose, per stage, block and head.
 
+Of a language model see how strongly its heads compose.
+
   coterie inspect runs/digits photo.png cat.jpg      a trained run and your pictures
   coterie inspect runs/digits                        a trained run and a few pictures of its own test split
   coterie inspect --model dgt_nano photo.png         any model by name with random weights, to try it
   coterie inspect --model dgt_tiny                   the same on a sample photograph
+  coterie inspect runs/shakespeare 'KING: what news?' a DCFormer and a text (or a file of text, or its test text)
 
 Writes PNG files and one interactive page, index.html, that needs nothing else.
 """
@@ -24,8 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs",
         nargs="*",
-        metavar="RUN | IMAGE",
-        help="a run folder, then picture files; with --model picture files only",
+        metavar="RUN | IMAGE | TEXT",
+        help="a run folder, then picture files (with --model picture files only), or a text for a language model",
     )
     parser.add_argument("--model", help="a model by name, with random weights, instead of a run")
     parser.add_argument(
@@ -40,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     from coterie.inspect.groups import explain_no_groups
     from coterie.inspect.network import open_image, open_model, open_run
 
+    if args.model is None and args.inputs and _is_language_model(Path(args.inputs[0])):
+        return _inspect_text(args)
     if args.size is not None and not 8 <= args.size <= 4096:
         raise ValueError(f"--size: got {args.size}, takes 8 to 4096 pixels")
     if args.model is None and not args.inputs:
@@ -75,6 +80,29 @@ def run(args: argparse.Namespace) -> int:
     if not network.has_groups:
         print(explain_no_groups(network.model))
     print(f"page: {written.page}")
+    return 0
+
+
+def _is_language_model(folder: Path) -> bool:
+    from coterie.inspect.runs import check_run, read_run
+
+    return read_run(check_run(folder)).target == "text"
+
+
+def _inspect_text(args: argparse.Namespace) -> int:
+    from coterie.inspect.composition import inspect_run, summary
+
+    folder, *texts = args.inputs
+    if len(texts) > 1:
+        raise ValueError(f"takes one text, or the path of one file, after the run; got {len(texts)}")
+    text = texts[0] if texts else None
+    if text is not None and len(text) < 256 and Path(text).is_file():
+        text = Path(text).read_text("utf-8")
+    layers, written = inspect_run(Path(folder), text, args.out or Path(folder, "inspect"))
+    print("how strongly heads compose, relative to the identity:")
+    for line in summary(layers):
+        print(f"  {line}")
+    print(f"page: {written}")
     return 0
 
 
