@@ -52,6 +52,10 @@ gpu:
 	mkdir -p bench_results
 	PYTHONPATH=src $(PYTHON) -m coterie bench op dynamic_group --device cuda --dtype bfloat16 --heads 8 --head-dim 64 \
 	    --tokens 3136 12544 50176 --backward --output bench_results/op-gpu
+	for heads in 16 32; do for dim in 64 128; do \
+	    PYTHONPATH=src $(PYTHON) -m coterie bench op composable --device cuda --dtype bfloat16 --heads $$heads --head-dim $$dim \
+	        --tokens 2048 4096 8192 16384 --forward --backward --backends triton --output bench_results/op-gpu || exit 1; \
+	done; done
 	PYTHONPATH=src $(PYTHON) -m coterie bench model dgt_tiny swin_tiny_patch4_window7_224 --device cuda --dtype bfloat16 \
 	    --size 224 1024 --batch 8 --output bench_results/model-gpu
 
