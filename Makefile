@@ -38,8 +38,8 @@ test: $(VENV)/.test lint
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest tests -n auto
 
 lint: $(VENV)/.test
-	$(RUN)/ruff check src tests
-	$(RUN)/ruff format --check src tests
+	$(RUN)/ruff check src tests benchmarks
+	$(RUN)/ruff format --check src tests benchmarks
 	$(RUN)/mypy
 	$(RUN)/lint-imports
 
