@@ -42,7 +42,7 @@ def test_only_what_there_is_is_reported() -> None:
     assert layer.strength["post", "together"] > 0
     static = model(static_composition=True, composition_sides=[])
     (layer, _) = inspect_composition(static, [1, 2, 3])
-    norm = float(static.model.layers[0].self_attn.maps.static_pre.norm()) / 2
+    norm = static.model.layers[0].self_attn.maps.static_pre.norm().item() / 2
     assert layer.strength["pre", "together"] == layer.strength["pre", "static"] == pytest.approx(norm)
     with pytest.raises(ValueError, match="has no layers whose heads compose"):
         inspect_composition(model(composition_uses=[]), [1])

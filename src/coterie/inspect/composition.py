@@ -176,10 +176,12 @@ def write_page(
     maps_figure(layers).savefig(buffer, format="png")
     atomic_write(out / "composition.png", buffer.getvalue())
     uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    width = round(110 * CELL * (len(layers) + 1))
+    drawn = f'<div style="max-width:{width}px">{page.picture(uri, "Mean maps of all layers")}</div>'
     remark = "How much each head takes from every other: the absolute map that is added to the identity, on average."
     sections = [
         ("layers", "By layer", _layers_section(layers)),
-        ("maps", "Maps", page.lede(remark) + page.card(page.picture(uri, "Mean maps of all layers"))),
+        ("maps", "Maps", page.lede(remark) + page.card(drawn)),
         ("text", "By token", _text_section(layers, words)),
     ]
     strongest = max(layers, key=_total)

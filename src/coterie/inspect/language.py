@@ -111,7 +111,7 @@ def _overview(run: Run) -> str:
 
 def _predictions(run: Run) -> str:
     """The figures of every split that was evaluated."""
-    found = [(f"{run.monitored}, at the end", run.evals[-1])]
+    found = [(f"{run.monitored}, the latest", run.evals[-1])]
     best = min((e for e in run.evals if is_number(e.get("loss"))), key=lambda e: e["loss"], default=None)
     if best is not None and best is not run.evals[-1]:
         found.append((f"{run.monitored}, at its best (step {best['step']:,})", best))
