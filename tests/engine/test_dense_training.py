@@ -102,6 +102,26 @@ def test_a_resumed_run_ends_as_the_unbroken_one(task: str, tmp_path: Path, monke
     assert [name for name in unbroken if not torch.equal(unbroken[name], broken[name])] == []
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_mixed_precision_trains_and_answers(task: str, tmp_path: Path) -> None:
+    data = write_set(tmp_path / "set", task)
+    curves = {}
+    for precision in ("no", "bf16"):
+        train(
+            dense(
+                task,
+                data,
+                tmp_path / precision,
+                train={"precision": precision, "epochs": 2, "batch_size": 4, "device": "cpu"},
+            )
+        )
+        curves[precision] = [event["loss"] for event in read_events(tmp_path / precision) if event["event"] == "train"]
+    assert curves["bf16"] != curves["no"]
+    assert curves["bf16"][0] == pytest.approx(curves["no"][0], rel=0.05)
+    weights = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert all(w.dtype == torch.float32 and w.isfinite().all() for w in weights.values() if w.is_floating_point())
+
+
 def test_accumulation_takes_the_same_steps(tmp_path: Path) -> None:
     data = write_set(tmp_path / "set", "object-detection")
     for name, parts in (("whole", 1), ("parts", 2)):
@@ -152,7 +172,8 @@ def test_open_fields_take_what_the_task_takes(tmp_path: Path) -> None:
         assert settled.train.batch_size == defaults["train.batch_size"]
         given = with_task_defaults(config_from_dict({"task": {"name": task}, "optim": {"lr": 0.5}}))
         assert given.optim.lr == 0.5
-    assert config_from_dict({"task": {"name": "object-detection"}}).run_dir == Path("runs/digits-object-detection")
+    named = config_from_dict({"task": {"name": "object-detection"}})
+    assert named.run_dir == Path("runs/digit-scenes-object-detection")
 
 
 @pytest.mark.parametrize(("size", "name", "options"), [(128, "dgt_pico", {"stem_stride": 2}), (256, "dgt_tiny", {})])

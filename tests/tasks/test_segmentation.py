@@ -114,8 +114,8 @@ class Pointwise(nn.Module):
         super().__init__()
         self.seen = []
 
-    def forward(self, image, mask=None):
-        self.seen.append((tuple(image.shape[2:]), None if mask is None else tuple(mask.shape[1:])))
+    def forward(self, image):
+        self.seen.append(tuple(image.shape[2:]))
         return image
 
 
@@ -126,14 +126,13 @@ def test_windows_and_mirroring_cover_every_pixel(size, overlap):
     options = {"window": 48, "overlap": overlap, "flip": True}
     task, model = create_task(NAME, classes=["a", "b", "c"], **options), Pointwise().eval()
     image = torch.randn(1, 3, *size)
-    mask = torch.ones(1, *size, dtype=torch.bool)
     original = [2 * size[0], 3 * size[1]]
-    batch = {"image": image, "mask": mask, "size": torch.tensor([size]), "original_size": torch.tensor([original])}
+    batch = {"image": image, "size": torch.tensor([size]), "original_size": torch.tensor([original])}
     expected = F.interpolate(image.softmax(1).log(), original, mode="bilinear").argmax(1)[0]
     (answer,) = task.predict(model, batch)
     assert answer.dtype == torch.uint8
     assert (answer == expected).float().mean() > 0.999  # where two classes are equal, rounding decides
-    assert all(shape == of_mask and max(shape) <= 48 for shape, of_mask in model.seen)
+    assert all(max(shape) <= 48 for shape in model.seen)
 
 
 def test_windows_begin_so_that_the_last_one_ends_with_the_image():
@@ -144,13 +143,13 @@ def test_windows_begin_so_that_the_last_one_ends_with_the_image():
 
 def test_scales_average_probabilities():
     class AtScale(nn.Module):
-        def forward(self, image, mask=None):
+        def forward(self, image):
             logits = torch.zeros(1, 2, *image.shape[2:])
             logits[:, 0] = 3.0 if image.shape[2] == 40 else -1.0
             return logits
 
     task = create_task(NAME, classes=["a", "b"], scales=[1.0, 0.5])
-    scores = task._scores(AtScale().eval(), torch.zeros(1, 3, 40, 30), None)
+    scores = task._scores(AtScale().eval(), torch.zeros(1, 3, 40, 30))
     first = torch.tensor([3.0, 0.0]).softmax(0) / 2 + torch.tensor([-1.0, 0.0]).softmax(0) / 2
     torch.testing.assert_close(scores[0, :, 7, 9].exp(), first)
     assert scores.shape == (1, 2, 40, 30)

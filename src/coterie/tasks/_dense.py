@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import UInt8
-from torch import nn
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
 
 from coterie.models.backbone import Backbone
+from coterie.tasks import Batch
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,6 +30,20 @@ def build_backbone(config: Any, source: Any, *, frozen_batch_norm: bool) -> Back
     """
     options = {"drop_path_rate": config.drop_path} if config.drop_path else {}
     return Backbone(config.name, source.channels, frozen_batch_norm=frozen_batch_norm, **{**options, **config.options})
+
+
+def without_padding(batch: Batch) -> list[Float[Tensor, "images channels height width"]]:
+    """The images of a batch for evaluation: together where none is padded, else each alone, cut to its size.
+
+    So an answer does not depend on what else is in the batch. In training it does a little: the group normalisation and
+    the convolutions of decoders and heads see padding (the backbone does not).
+    """
+    images = batch["image"]
+    if batch.get("mask") is None:
+        return [images]
+    return [
+        image[None, :, :height, :width] for image, (height, width) in zip(images, batch["size"].tolist(), strict=True)
+    ]
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from coterie.tasks import Batch, PictureTask
-from coterie.tasks._dense import build_backbone, class_colors, with_legend
+from coterie.tasks._dense import build_backbone, class_colors, with_legend, without_padding
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -134,12 +134,11 @@ class ObjectDetection(PictureTask):
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Detection]:
         """The detections in each image, in original pixels, on the CPU."""
-        sizes = _pairs(batch["size"])
-        found = model(batch["image"], batch.get("mask"), sizes)
-        return [
-            self._restore(one, size, original)
-            for one, size, original in zip(found, sizes, _pairs(batch["original_size"]), strict=True)
-        ]
+        found: list[dict[str, Tensor]] = []
+        for images in without_padding(batch):
+            found += model(images, None, [tuple(images.shape[2:])] * len(images))
+        sizes, originals = _pairs(batch["size"]), _pairs(batch["original_size"])
+        return [self._restore(one, size, original) for one, size, original in zip(found, sizes, originals, strict=True)]
 
     def _restore(self, found: dict[str, Tensor], size: tuple[int, int], original: tuple[int, int]) -> Detection:
         from coterie.tasks._coco import encode, scale_boxes

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from coterie.tasks import Batch, PictureTask
-from coterie.tasks._dense import BACKGROUND_NAMES, build_backbone, class_colors, with_legend
+from coterie.tasks._dense import BACKGROUND_NAMES, build_backbone, class_colors, with_legend, without_padding
 from coterie.tasks._segmenter import DECODERS, MULTIPLE, Segmenter
 
 if TYPE_CHECKING:
@@ -130,12 +130,10 @@ class SemanticSegmentation(PictureTask):
         return self._evaluate(model, {name: value for name, value in batch.items() if name != "truth"})["output"]
 
     def _evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
-        scores = self._scores(model, batch["image"], batch.get("mask"))
-        maps, total, count = [], scores.new_zeros(()), 0
-        sizes, originals = batch["size"].tolist(), batch["original_size"].tolist()
-        for row, ((height, width), original) in enumerate(zip(sizes, originals, strict=True)):
-            full = scores[row : row + 1, :, :height, :width]
-            if [height, width] != original:
+        maps, total, count = [], batch["image"].new_zeros((), dtype=torch.float32), 0
+        scores = (one[None] for images in without_padding(batch) for one in self._scores(model, images))
+        for row, (full, original) in enumerate(zip(scores, batch["original_size"].tolist(), strict=True)):
+            if list(full.shape[2:]) != original:
                 full = F.interpolate(full, original, mode="bilinear", align_corners=False)
             maps.append(full[0].argmax(0).to(torch.uint8))
             if "truth" in batch:
@@ -148,36 +146,28 @@ class SemanticSegmentation(PictureTask):
         return result
 
     def _scores(
-        self,
-        model: nn.Module,
-        image: Float[Tensor, "batch channels height width"],
-        mask: Bool[Tensor, "batch height width"] | None,
+        self, model: nn.Module, image: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch classes height width"]:
         """Logits; with several scales or mirroring the logarithm of the mean probabilities."""
         if self.scales == (1.0,) and not self.flip:
-            return self._windows(model, image, mask)
+            return self._windows(model, image)
         size = image.shape[2:]
         mean: Any = 0.0
         ways = len(self.scales) * (1 + self.flip)
         for scale in self.scales:
             scaled = [max(1, round(side * scale)) for side in size]
             x = image if scale == 1.0 else F.interpolate(image, scaled, mode="bilinear", antialias=True)
-            m = mask if mask is None or scale == 1.0 else F.interpolate(mask[:, None].float(), scaled)[:, 0] > 0
             for flipped in (False, True)[: 1 + self.flip]:
-                y = (
-                    self._windows(model, x.flip(-1), None if m is None else m.flip(-1))
-                    if flipped
-                    else (self._windows(model, x, m))
-                )
-                y = F.interpolate(y.flip(-1) if flipped else y, size, mode="bilinear", align_corners=False)
+                y = self._windows(model, x.flip(-1)).flip(-1) if flipped else self._windows(model, x)
+                y = F.interpolate(y, size, mode="bilinear", align_corners=False)
                 mean = mean + y.softmax(1) / ways
         return mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
 
-    def _windows(self, model: nn.Module, image: Tensor, mask: Tensor | None) -> Tensor:
+    def _windows(self, model: nn.Module, image: Tensor) -> Tensor:
         """Logits of the whole image, or the mean over the windows that lie on each pixel."""
         height, width = image.shape[2:]
         if self.window is None or max(height, width) <= self.window:
-            return model(image, mask).float()
+            return model(image).float()
         step = max(1, round(self.window * (1 - self.overlap)))
         total = image.new_zeros((), dtype=torch.float32)
         total = total.new_zeros(len(image), len(self.classes), height, width)
@@ -185,8 +175,7 @@ class SemanticSegmentation(PictureTask):
         for top in _starts(height, self.window, step):
             for left in _starts(width, self.window, step):
                 place = slice(top, top + self.window), slice(left, left + self.window)
-                part = None if mask is None else mask[:, *place]
-                total[:, :, *place] += model(image[:, :, *place], part).float()
+                total[:, :, *place] += model(image[:, :, *place]).float()
                 count[place] += 1
         return total / count
 
