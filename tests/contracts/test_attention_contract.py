@@ -22,6 +22,7 @@ SMALL = {
     "top_k": 4,
     "window_size": 3,
     "stripe_width": 2,
+    "regions": 3,
 }  # so that tiny grids have several groups and windows
 DIM, HEADS = 12, 3
 
@@ -51,8 +52,9 @@ def test_output_has_the_shape_and_dtype_of_the_input(name, dims):
         y = m(x)
         assert (y.shape, y.dtype) == (x.shape, dtype)
         assert y.isfinite().all()
-        one = m(x[:1, *(slice(1) for _ in range(dims))])
-        assert one.shape == (1, *(1,) * dims, DIM)
+        side = getattr(m, "regions", 1)  # the smallest grid that it takes
+        one = m(x[:1, *(slice(side) for _ in range(dims))])
+        assert one.shape == (1, *(side,) * dims, DIM)
 
 
 @pytest.mark.parametrize(("name", "dims"), CASES)
@@ -248,6 +250,6 @@ def test_registration_refuses_doubles_and_undeclared_abilities():
     for declared in ({}, {"grid_dims": frozenset({4}), "patterns": frozenset({"bidirectional self"})}):
         with pytest.raises(ValueError, match="grid_dims must be a non-empty subset"):
             register_attention("new")(type("New", (GridAttention,), declared))
-    with pytest.raises(ValueError, match=r"attention must be one of 'composable', .*, got 'local'"):
+    with pytest.raises(ValueError, match=r"attention must be one of 'bi_level_routing', 'composable', .*, got 'local'"):
         create_attention("local", 12, 3)
     assert "new" not in list_attention()

@@ -13,6 +13,7 @@ from coterie.attention.base import (
     list_attention,
     register_attention,
 )
+from coterie.attention.bi_level_routing import BiLevelRoutingAttention
 from coterie.attention.centroids import CentroidFollower, MovingCentroids, follow_learning_rate
 from coterie.attention.composable import ComposableMultiHeadAttention, KeyCache
 from coterie.attention.cross_shaped_window import CrossShapedWindowAttention
@@ -25,6 +26,7 @@ from coterie.attention.shifted_window import ShiftedWindowAttention
 
 __all__ = [
     "PATTERNS",
+    "BiLevelRoutingAttention",
     "CentroidFollower",
     "ComposableMultiHeadAttention",
     "CrossShapedWindowAttention",

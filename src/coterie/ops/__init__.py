@@ -3,6 +3,7 @@
 why."""
 
 from coterie.ops._dispatch import BackendUnavailable, Explanation, explain, operations
+from coterie.ops.bi_level_routing import bi_level_routing_attention, region_routing
 from coterie.ops.composable import HeadComposition, composable_attention
 from coterie.ops.dynamic_group import dynamic_group_attention, dynamic_groups, grouped_attention
 from coterie.ops.gelu_depthwise import gelu_affine, gelu_depthwise
@@ -11,6 +12,7 @@ __all__ = [
     "BackendUnavailable",
     "Explanation",
     "HeadComposition",
+    "bi_level_routing_attention",
     "composable_attention",
     "dynamic_group_attention",
     "dynamic_groups",
@@ -19,4 +21,5 @@ __all__ = [
     "gelu_depthwise",
     "grouped_attention",
     "operations",
+    "region_routing",
 ]
