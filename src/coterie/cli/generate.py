@@ -94,6 +94,8 @@ def _streamer(tokenizer: Any) -> Any:
     from transformers.generation.streamers import BaseStreamer
 
     class Printer(BaseStreamer):
+        """Decodes all tokens so far each time, and prints the characters that are new."""
+
         def __init__(self) -> None:
             self.tokens: list[int] = []
             self.printed = 0
@@ -103,11 +105,10 @@ def _streamer(tokenizer: Any) -> Any:
             if self.prompt_next:
                 self.prompt_next = False
                 return
-            self.tokens += value.tolist()  # the last of them may be half a character
+            self.tokens += value.tolist()
             text = tokenizer.decode(self.tokens)
-            whole = (
-                len(text) - len(text[-3:]) + len(text[-3:].rstrip("\ufffd"))
-            )  # the last bytes may be half a character
+            # The last bytes may be half a character, at most three of its four, which decode to replacement characters.
+            whole = len(text[:-3]) + len(text[-3:].rstrip("\ufffd"))
             print(text[self.printed : whole], end="", flush=True)
             self.printed = max(self.printed, whole)
 

@@ -20,6 +20,7 @@ def rows(base, head, token, tokens, dim, is_head, DIM: tl.constexpr):
 
 @triton.jit
 def store_rows(base, head, token, tokens, dim, is_head, x, DIM: tl.constexpr):
+    """The inverse of `rows`: x (heads, tokens, dims) in the dtype of the tensor; nothing outside."""
     place = (head.to(tl.int64)[:, None] * tokens + token[None, :]) * DIM
     inside = is_head[:, None] & (token < tokens)[None, :]
     mask = inside[:, :, None] & (dim < DIM)[None, None, :]
