@@ -97,13 +97,23 @@ class GridAttention(nn.Module):
         self.check(x, context, mask=mask, is_causal=is_causal)
         if cache is not None:
             raise ValueError(f"{type(self).__name__} keeps no cache, got cache={type(cache).__name__}: pass cache=None")
+        return self.mix(x, context, mask=mask, is_causal=is_causal)
+
+    def mix(
+        self,
+        x: Float[Tensor, "batch *grid dim"],
+        context: Float[Tensor, "batch *key_grid dim"] | None,
+        *,
+        mask: Bool[Tensor, " batch *key_grid"] | None,
+        is_causal: bool,
+    ) -> Float[Tensor, "batch *grid dim"]:
+        """`attend` between the projections, on checked arguments. A mechanism with more between them overrides this."""
         grid = tuple(x.shape[1:-1])
         key_grid = None if context is None else tuple(context.shape[1:-1])
         query, key, value = self.project(x, context)
         key_mask = None if mask is None else mask.flatten(1)
         y = self.attend(query, key, value, grid=grid, key_grid=key_grid, mask=key_mask, is_causal=is_causal)
-        y = y.transpose(1, 2).reshape(x.shape)
-        return self.proj_drop(self.proj(y))
+        return self.proj_drop(self.proj(y.transpose(1, 2).reshape(x.shape)))
 
     def attend(
         self,

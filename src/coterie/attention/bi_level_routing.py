@@ -84,23 +84,14 @@ class BiLevelRoutingAttention(GridAttention):
         if lepe:
             self.lepe = nn.Conv2d(dim, dim, lepe, padding=lepe // 2, groups=dim, device=device, dtype=dtype)
 
-    def forward(
+    def mix(
         self,
         x: Float[Tensor, "batch rows columns dim"],
-        context: Float[Tensor, "batch *key_grid dim"] | None = None,
+        context: Tensor | None,
         *,
-        mask: Bool[Tensor, " batch *key_grid"] | None = None,
-        is_causal: bool = False,
-        cache: None = None,
+        mask: Bool[Tensor, "batch rows columns"] | None,
+        is_causal: bool,
     ) -> Float[Tensor, "batch rows columns dim"]:
-        """Attend from the tokens of `x` to those of the regions that theirs has chosen.
-
-        Raises:
-            ValueError: what GridAttention refuses, and a side of the grid below `regions`. TypeError: another type.
-        """
-        self.check(x, context, mask=mask, is_causal=is_causal)
-        if cache is not None:
-            raise ValueError(f"{type(self).__name__} keeps no cache, got cache={type(cache).__name__}: pass cache=None")
         rows, columns = x.shape[1:3]
         x, mask = self._padded(x, mask)
         grid = (x.shape[1], x.shape[2])

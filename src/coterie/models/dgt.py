@@ -23,15 +23,14 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from timm.layers import DropPath, get_device_dtype, register_notrace_module, trunc_normal_
-from timm.models import checkpoint_seq, named_apply
+from timm.models import named_apply
 from torch import Tensor, nn
 
 from coterie.attention import create_attention
 from coterie.layers import ConditionalPositionEncoding, ConvHead, ConvMerging, ConvStem, InvertedResidualFeedForward
-from coterie.layers.layout import to_grid, to_map
-from coterie.layers.padding import strided
 from coterie.models._attention_plan import Options, plan_attention
-from coterie.models._checks import check_count, check_images, check_mask, check_pyramid, stage_indices
+from coterie.models._checks import check_count, check_pyramid
+from coterie.models._pyramid import Pyramid, PyramidStage
 
 __all__ = ["DynamicGroupTransformer", "DynamicGroupTransformerBlock", "DynamicGroupTransformerStage"]
 
@@ -91,7 +90,7 @@ class DynamicGroupTransformerBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x), mask))
 
 
-class DynamicGroupTransformerStage(nn.Module):
+class DynamicGroupTransformerStage(PyramidStage):
     """Patch merging and blocks.
 
     Shape: feature map (batch, in_dim, H, W) -> (batch, dim, ceil(H / stride), ceil(W / stride)), channels-last.
@@ -109,10 +108,8 @@ class DynamicGroupTransformerStage(nn.Module):
         dtype=None,
         **block: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(stride)
         dd = {"device": device, "dtype": dtype}
-        self.grad_checkpointing = False
-        self.stride = stride
         self.downsample = ConvMerging(in_dim, dim, stride=stride, **dd)
         self.blocks = nn.Sequential(
             *(
@@ -121,24 +118,8 @@ class DynamicGroupTransformerStage(nn.Module):
             )
         )
 
-    def forward(
-        self, x: Float[Tensor, "batch in_dim height width"], mask: Bool[Tensor, "batch height width"] | None = None
-    ) -> Float[Tensor, "batch dim rows columns"]:
-        """Apply the stage; `mask` belongs to the input."""
-        x = self.downsample(x, mask)
-        mask = strided(mask, self.stride)
-        if mask is None:
-            x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
-            return to_map(x)
-        blocks = [partial(block, mask=mask) for block in self.blocks]
-        if self.grad_checkpointing:
-            return to_map(checkpoint_seq(blocks, x))
-        for block in blocks:
-            x = block(x)
-        return to_map(x)
 
-
-class DynamicGroupTransformer(nn.Module):
+class DynamicGroupTransformer(Pyramid):
     """A pyramid of Dynamic Group Transformer blocks, with timm's model interface.
 
     Args:
@@ -229,30 +210,6 @@ class DynamicGroupTransformer(nn.Module):
         self.head_hidden_size = self.head.num_features
         named_apply(_init_weights, self)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should spare, beyond vectors and biases."""
-        return {
-            f"{path}.{name}"
-            for path, module in self.named_modules()
-            if module is not self and hasattr(module, "no_weight_decay")
-            for name in module.no_weight_decay()
-        }
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that put parameters into layer groups: by stage if `coarse`, else by block."""
-        fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        for stage in self.modules():
-            if isinstance(stage, DynamicGroupTransformerStage):
-                stage.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer (Identity if there are no classes)."""
-        return self.head.fc
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """A new classifier (none for 0 classes), a pooling if given; `reset_other` drops the head's convolution."""
         check_count("num_classes", num_classes, least=0)
@@ -261,85 +218,6 @@ class DynamicGroupTransformer(nn.Module):
             num_classes, global_pool, reset_other=reset_other, in_features=self.num_features, **get_device_dtype(self)
         )
         self.head_hidden_size = self.head.num_features
-
-    def forward_intermediates(
-        self,
-        x: Float[Tensor, "batch in_chans height width"],
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        mask: Bool[Tensor, "batch height width"] | None = None,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The feature maps of the stages.
-
-        Args:
-            x: images.
-            indices: which stages: the last n if an int, all if None.
-            norm: apply the final norm to the last stage's map.
-            stop_early: do not run stages after the last wanted one.
-            output_fmt: "NCHW" or "NHWC", of the intermediates.
-            intermediates_only: return only the list.
-            mask: True at real pixels, False at the padding of images that are smaller than the batch. Padding is no
-                key, moves no centroid and counts in no statistics; what the maps hold there means nothing.
-
-        Returns:
-            (final features NCHW, list of maps), or the list.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        wanted = stage_indices(indices, len(self.stages))
-        x = self.stem(check_images(x, self.in_chans), check_mask(mask, x))
-        mask = strided(mask, self.stem_stride)
-        intermediates = []
-        last = len(self.stages) - 1
-        for index, stage in enumerate(self.stages[: max(wanted) + 1] if stop_early else self.stages):
-            x = stage(x, mask)
-            mask = strided(mask, STAGE_STRIDE)
-            if index in wanted:
-                out = self._final_norm(x) if norm and index == last else x
-                intermediates.append(out if output_fmt == "NCHW" else to_grid(out))
-        if intermediates_only:
-            return intermediates
-        return (self._final_norm(x) if index == last else x), intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages after the last wanted one, and with them norm and head. Returns the indices kept."""
-        wanted = stage_indices(indices, len(self.stages))
-        last_wanted = max(wanted)
-        shortened = last_wanted < len(self.stages) - 1
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        self.stages = self.stages[: last_wanted + 1]
-        if shortened:
-            self.num_features = self.feature_info[last_wanted]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "", reset_other=True)
-        return wanted
-
-    def forward_features(
-        self, x: Float[Tensor, "batch in_chans height width"], mask: Bool[Tensor, "batch height width"] | None = None
-    ) -> Float[Tensor, "batch dim rows columns"]:
-        """The last stage's feature map, normalised; `mask` as in `forward_intermediates`."""
-        if mask is None:
-            return self._final_norm(self.stages(self.stem(check_images(x, self.in_chans))))
-        return self._final_norm(self.forward_intermediates(x, 1, intermediates_only=True, mask=mask)[0])
-
-    def forward_head(
-        self, x: Float[Tensor, "batch dim rows columns"], pre_logits: bool = False
-    ) -> Float[Tensor, "batch ..."]:
-        """Logits from `forward_features`; with `pre_logits` what the classifier would get."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Float[Tensor, "batch in_chans height width"]) -> Float[Tensor, "batch ..."]:
-        """Logits."""
-        return self.forward_head(self.forward_features(x))
-
-    def _final_norm(self, x: Float[Tensor, "batch dim rows columns"]) -> Float[Tensor, "batch dim rows columns"]:
-        return to_map(self.norm(to_grid(x)))
 
 
 def _init_weights(module: nn.Module, name: str = "") -> None:
