@@ -75,7 +75,7 @@ class Surprise:
 
 def test_files_that_are_no_checkpoint(tmp_path: Path, capsys) -> None:
     path = tmp_path / "w.pth"
-    for content in (b"", b"no checkpoint at all", pickle.dumps(Surprise())):
+    for content in (b"", b"no checkpoint at all", pickle.dumps(Surprise(), protocol=2)):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"w\.pth: not a checkpoint that can be read without running its code"):
             read_weights(path)
