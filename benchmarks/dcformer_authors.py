@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="NAME")
     parser.add_argument("--time-limit", type=float, default=30.0, help="seconds of timing; three rounds are run anyway")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="also say in which operators our step spends its time")
     args = parser.parse_args()
     if wrong := [n for n in args.tokens if n < 128 or n % 128]:
         parser.error(f"--tokens must be multiples of 128, the authors' chunk, got {wrong[0]}")
@@ -185,6 +186,8 @@ def measure(args: argparse.Namespace, tokens: int) -> None:
             continue
         calls[name] = make_step(name=name, tokens=tokens, **sizes)
     timings = alternate(calls, Settings(time_limit=args.time_limit)).timings
+    if args.profile:
+        profile(calls[OURS])
     print(f"{'contender':<22}{'median':>10}{'quartiles':>20}{'rounds':>8}{'times ours':>12}{'peak extra memory':>20}")
     ours = timings[OURS].samples
     for name, timing in timings.items():
@@ -200,6 +203,20 @@ def measure(args: argparse.Namespace, tokens: int) -> None:
             f"{ratio:>11.1f}x{peak:>20}",
             flush=True,
         )
+
+
+def profile(step: Callable[[], object], steps: int = 5) -> None:
+    """The operators in which a step spends more than a hundredth of its time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        for _ in range(steps):
+            step()
+    rows = sorted(found.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in rows)
+    for row in rows:
+        if row.self_cpu_time_total > total / 100:
+            print(
+                f"  {row.self_cpu_time_total / total:6.1%} {row.self_cpu_time_total / steps / 1000:8.1f} ms  {row.key}"
+            )
 
 
 if __name__ == "__main__":

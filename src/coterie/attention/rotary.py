@@ -33,6 +33,7 @@ def rotate(
     """Queries or keys turned to their positions; channels beyond those of the tables pass through."""
     channels = cos.shape[-1]
     turned, rest = x[..., :channels], x[..., channels:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    half = channels // 2
+    signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)  # (first, second) meets (-second, first)
+    turned = torch.addcmul(turned * cos, turned.roll(half, dims=-1), signed)
     return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
