@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -145,3 +146,9 @@ def test_list_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         assert name in out
     assert main(["list", "models"]) == 0
     assert "dgt_nano" in capsys.readouterr().out.split()
+    assert main(["list", "attention"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    can = next(after for line, after in pairwise(lines) if line.startswith("dynamic_group "))
+    assert can.strip() == (
+        "1/2/3-dimensional grids; self, cross; padding masks; dynamic_group_attention: triton, cpu, native, reference"
+    )

@@ -15,6 +15,7 @@ from coterie.attention import (
     list_attention,
     register_attention,
 )
+from coterie.ops import operations
 
 GRIDS = {1: (11,), 2: (5, 7), 3: (3, 4, 2)}
 SMALL = {
@@ -42,6 +43,12 @@ CASES = [
     for name in list_attention()
     for dims in attention_class(name).grid_dims
 ]
+
+
+@pytest.mark.parametrize("name", list_attention())
+def test_the_operation_that_it_names_exists(name):
+    operation = attention_class(name).operation
+    assert operation == "scaled_dot_product_attention" or operation in operations()
 
 
 @pytest.mark.parametrize(("name", "dims"), CASES)

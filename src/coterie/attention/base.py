@@ -45,6 +45,7 @@ class GridAttention(nn.Module):
 
     grid_dims: ClassVar[frozenset[int]]
     patterns: ClassVar[frozenset[str]]
+    operation: ClassVar[str] = "scaled_dot_product_attention"  # what it computes with: torch's, or one of coterie.ops
 
     def __init__(
         self,

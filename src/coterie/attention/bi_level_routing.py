@@ -52,6 +52,7 @@ class BiLevelRoutingAttention(GridAttention):
 
     grid_dims: ClassVar[frozenset[int]] = frozenset({2})
     patterns: ClassVar[frozenset[str]] = frozenset({"bidirectional self"})
+    operation: ClassVar[str] = "bi_level_routing_attention"
 
     def __init__(
         self,

@@ -94,6 +94,7 @@ class ComposableMultiHeadAttention(GridAttention):
 
     grid_dims: ClassVar[frozenset[int]] = frozenset({1, 2, 3})
     patterns: ClassVar[frozenset[str]] = frozenset(PATTERNS)
+    operation: ClassVar[str] = "composable_attention"
 
     def __init__(
         self,

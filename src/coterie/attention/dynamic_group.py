@@ -49,6 +49,7 @@ class DynamicGroupAttention(MovingCentroids, GridAttention):
 
     grid_dims: ClassVar[frozenset[int]] = frozenset({1, 2, 3})
     patterns: ClassVar[frozenset[str]] = frozenset({"bidirectional self", "bidirectional cross"})
+    operation: ClassVar[str] = "dynamic_group_attention"
 
     def __init__(
         self,

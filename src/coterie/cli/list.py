@@ -3,6 +3,7 @@
 examples:
   coterie list              everything
   coterie list models       models of this library; any timm model works too
+  coterie list attention    the mechanisms, and what each can do
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from coterie.attention import GridAttention
 
 HELP = "list models, attention mechanisms, operations, data and tasks"
 
@@ -38,7 +43,25 @@ def _models() -> list[str]:
 def _attention() -> list[str]:
     from coterie.attention import attention_class, list_attention
 
-    return [f"{name:<20}  {_summary(attention_class(name))}" for name in list_attention()]
+    names = list_attention()
+    width = max(map(len, names))
+    lines = []
+    for name in names:
+        mechanism = attention_class(name)
+        lines += [f"{name:<{width}}  {_summary(mechanism)}", f"{'':<{width}}    {_abilities(mechanism)}"]
+    return lines
+
+
+def _abilities(mechanism: type[GridAttention]) -> str:
+    """Grids, patterns, masks and backends, in a line."""
+    from coterie.attention import PATTERNS
+    from coterie.ops import operations
+
+    grids = "/".join(map(str, sorted(mechanism.grid_dims)))
+    patterns = ", ".join(p.removeprefix("bidirectional ") for p in PATTERNS if p in mechanism.patterns)
+    operation = operations().get(mechanism.operation)
+    backends = "torch" if operation is None else ", ".join(backend.name for backend in operation.backends)
+    return f"{grids}-dimensional grids; {patterns}; padding masks; {mechanism.operation}: {backends}"
 
 
 def _ops() -> list[str]:
