@@ -1,13 +1,17 @@
 """The architectures. Importing this package registers the vision models with timm, for `timm.create_model`."""
 
+from coterie.models import biformer as biformer  # registers it
+from coterie.models import crossformer_sizes as crossformer_sizes  # registers them
 from coterie.models import dgt_sizes as dgt_sizes  # registers them
 from coterie.models._registry import create_model, list_models
 from coterie.models.authors import LoadedCheckpoint, load_authors_checkpoint
+from coterie.models.crossformer import CrossFormer
 from coterie.models.dcvit import ComposableVisionTransformer
 from coterie.models.dgt import DynamicGroupTransformer
 
 __all__ = [
     "ComposableVisionTransformer",
+    "CrossFormer",
     "DynamicGroupTransformer",
     "LoadedCheckpoint",
     "create_model",
