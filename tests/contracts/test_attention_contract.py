@@ -24,6 +24,7 @@ SMALL = {
     "window_size": 3,
     "stripe_width": 2,
     "regions": 3,
+    "group_size": 3,
 }  # so that tiny grids have several groups and windows
 DIM, HEADS = 12, 3
 

@@ -21,6 +21,7 @@ SMALL: dict[str, dict] = {
     "dgt_nano": {},
     "dgt_pico": {},
     "dgt_": _NARROW,
+    "crossformer_": {**_NARROW, "group_size": (3, 3, 2, 2), "interval": (2, 2, 1, 1)},
 }
 SIDE = 32
 

@@ -14,27 +14,35 @@ from coterie.attention.base import (
     register_attention,
 )
 from coterie.attention.bi_level_routing import BiLevelRoutingAttention
+from coterie.attention.cascaded_group import CascadedGroupAttention
 from coterie.attention.centroids import CentroidFollower, MovingCentroids, follow_learning_rate
+from coterie.attention.channel_group import ChannelGroupAttention
 from coterie.attention.composable import ComposableMultiHeadAttention, KeyCache
 from coterie.attention.cross_shaped_window import CrossShapedWindowAttention
 from coterie.attention.dynamic_group import DynamicGroupAttention
 from coterie.attention.global_ import GlobalAttention
 from coterie.attention.head_maps import HeadMaps
+from coterie.attention.hilo import HiLoAttention
 from coterie.attention.kmeans import initialize_centroids
+from coterie.attention.long_short_distance import LongShortDistanceAttention
 from coterie.attention.replace import Replacement, replace_attention
 from coterie.attention.shifted_window import ShiftedWindowAttention
 
 __all__ = [
     "PATTERNS",
     "BiLevelRoutingAttention",
+    "CascadedGroupAttention",
     "CentroidFollower",
+    "ChannelGroupAttention",
     "ComposableMultiHeadAttention",
     "CrossShapedWindowAttention",
     "DynamicGroupAttention",
     "GlobalAttention",
     "GridAttention",
     "HeadMaps",
+    "HiLoAttention",
     "KeyCache",
+    "LongShortDistanceAttention",
     "MovingCentroids",
     "Replacement",
     "ShiftedWindowAttention",
