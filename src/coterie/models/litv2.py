@@ -39,6 +39,7 @@ from coterie.layers.layout import to_grid, to_map
 from coterie.layers.padding import batch_norm, strided, zero_padding
 from coterie.models._checks import check_count, check_pyramid
 from coterie.models._pyramid import Pyramid, PyramidStage
+from coterie.ops._state import exporting
 from coterie.ops.deformable import deformable_patches
 from coterie.ops.depthwise_gelu import depthwise_gelu
 
@@ -47,6 +48,7 @@ __all__ = ["ConvFeedForward", "DeformableTokenMerging", "LITv2", "LITv2Block", "
 UNEVEN = ("padded", "authors")
 PATCH = 4
 MERGE = 2
+PIECE = 8 * 2**20  # bytes of hidden tokens of a feed-forward that are in work at once, in inference on a CPU
 register_notrace_module(HiLoAttention)  # torch.fx takes attention as one node: it looks at shapes and masks
 
 
@@ -147,12 +149,46 @@ class ConvFeedForward(nn.Module):
         self, x: Float[Tensor, "batch height width dim"], mask: Bool[Tensor, "batch height width"] | None = None
     ) -> Float[Tensor, "batch height width dim"]:
         """Apply the network. With a mask (True = a real token) padding is taken for zeros, as it is beyond the grid."""
+        if x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not exporting():
+            return self._in_pieces(x, mask)
+        return self._whole(x, mask)
+
+    def _whole(
+        self, x: Float[Tensor, "batch height width dim"], mask: Bool[Tensor, "batch height width"] | None
+    ) -> Float[Tensor, "batch height width dim"]:
         x = self.fc1(x)
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         bias = self.dwconv.bias
         assert bias is not None
         return self.fc2(depthwise_gelu(x, self.dwconv.weight, bias))
+
+    def _in_pieces(
+        self, x: Float[Tensor, "batch height width dim"], mask: Bool[Tensor, "batch height width"] | None
+    ) -> Float[Tensor, "batch height width dim"]:
+        """A few images at a time, or a few rows of one, so that the hidden tokens of a piece stay in the cache.
+
+        Pieces of one image read a row more on either side. Gives what `_whole` gives, in half the time where the hidden
+        tokens are many: memory that has just been allocated costs more than the arithmetic on it.
+        """
+        batch, height, width, _ = x.shape
+        rows_at_once = max(8, PIECE // (width * self.fc1.out_features * x.element_size()))
+        if rows_at_once >= batch * height:
+            return self._whole(x, mask)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if rows_at_once >= height:
+            step = rows_at_once // height
+            for first in range(0, batch, step):
+                images = slice(first, first + step)
+                y[images] = self._whole(x[images], None if mask is None else mask[images])
+            return y
+        for image in range(batch):
+            for first in range(0, height, rows_at_once):
+                top, last = max(0, first - 1), min(height, first + rows_at_once)
+                place = (slice(image, image + 1), slice(top, last + 1))
+                piece = self._whole(x[place], None if mask is None else mask[place])
+                y[image, first:last] = piece[0, first - top : last - top]
+        return y
 
 
 class LITv2Block(nn.Module):

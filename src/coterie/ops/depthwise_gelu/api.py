@@ -53,7 +53,7 @@ def depthwise_gelu(
         return reference.depthwise_gelu(x, weight, bias)
     if call.needs_grad:
         return DepthwiseGelu.apply(x, weight, bias)
-    return torch.ops.coterie.depthwise_gelu(x, weight, bias, False)[0]
+    return torch.ops.coterie.depthwise_gelu(x, weight, bias)
 
 
 def _describe(x: Tensor, *others: Tensor, **_: Any) -> Call:

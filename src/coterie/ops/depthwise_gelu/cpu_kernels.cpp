@@ -1,6 +1,6 @@
 // GELU(3x3 depthwise convolution + bias) and its gradient, each in one pass over memory.
 //
-// x, y, z, grad and dx are (batch, height, width, channels), packed; weight is (9, channels); channels are a multiple of 16. A block of
+// x, y, grad and dx are (batch, height, width, channels), packed; weight is (9, channels); channels are a multiple of 16. A block of
 // channels at a time, so narrow that three rows of it stay in the second-level cache.
 
 #include <algorithm>
@@ -72,16 +72,24 @@ inline void sums_of(const float* const rows[3], i64 step, bool left, bool right,
 }
 
 template <int N>
-inline void convolve(const float* const rows[3], i64 step, bool left, bool right, const float* weight, i64 ld, const float* bias, i64 n, float* y,
-                     float* z) {
+inline void convolve(const float* const rows[3], i64 step, bool left, bool right, const float* weight, i64 ld, const float* bias, i64 n, float* y) {
     for (i64 c = 0; c < n; c += W) {
         vfloat sum[N];
         for (int i = 0; i < N; ++i) sum[i] = at(bias + c);
         sums_of<N>(rows, step, left, right, weight, ld, c, sum);
-        for (int i = 0; i < N; ++i) {
-            if (z) at(z + i * step + c) = sum[i];
-            at(y + i * step + c) = gelu(sum[i]);
-        }
+        for (int i = 0; i < N; ++i) at(y + i * step + c) = gelu(sum[i]);
+    }
+}
+
+// slopes = grad GELU'(what GELU got), which is computed again: cheaper than reading it.
+template <int N>
+inline void slope(const float* const rows[3], i64 step, bool left, bool right, const float* weight, i64 ld, const float* bias, i64 n,
+                  const float* grad, float* slopes) {
+    for (i64 c = 0; c < n; c += W) {
+        vfloat sum[N];
+        for (int i = 0; i < N; ++i) sum[i] = at(bias + c);
+        sums_of<N>(rows, step, left, right, weight, ld, c, sum);
+        for (int i = 0; i < N; ++i) at(slopes + i * n + c) = at(grad + i * step + c) * gelu_slope(sum[i]);
     }
 }
 
@@ -101,8 +109,7 @@ i64 block_of(i64 L, i64 C) {
 
 }  // namespace
 
-extern "C" int coterie_depthwise_gelu(const float* x, const float* weight, const float* bias, float* y, float* z, i64 B, i64 H, i64 L, i64 C,
-                                      int threads) {
+extern "C" int coterie_depthwise_gelu(const float* x, const float* weight, const float* bias, float* y, i64 B, i64 H, i64 L, i64 C, int threads) {
     const i64 cb = block_of(L, C), bands = (H + BAND - 1) / BAND, blocks = (C + cb - 1) / cb;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (i64 item = 0; item < B * bands * blocks; ++item) {
@@ -112,12 +119,11 @@ extern "C" int coterie_depthwise_gelu(const float* x, const float* weight, const
             for (i64 t = 0; t < L;) {
                 const i64 place = ((b * H + r) * L + t) * C + c0;
                 const float* rows[3] = {r ? x + place - L * C : nullptr, x + place, r + 1 < H ? x + place + L * C : nullptr};
-                float* kept = z ? z + place : nullptr;
                 if (t + 4 <= L) {
-                    convolve<4>(rows, C, t > 0, t + 4 < L, weight + c0, C, bias + c0, n, y + place, kept);
+                    convolve<4>(rows, C, t > 0, t + 4 < L, weight + c0, C, bias + c0, n, y + place);
                     t += 4;
                 } else {
-                    convolve<1>(rows, C, t > 0, t + 1 < L, weight + c0, C, bias + c0, n, y + place, kept);
+                    convolve<1>(rows, C, t > 0, t + 1 < L, weight + c0, C, bias + c0, n, y + place);
                     t += 1;
                 }
             }
@@ -127,7 +133,7 @@ extern "C" int coterie_depthwise_gelu(const float* x, const float* weight, const
 }
 
 // sums is (10, channels) of zeros: the gradients of the nine weights, then of the bias.
-extern "C" int coterie_depthwise_gelu_backward(const float* grad, const float* x, const float* z, const float* weight, float* dx, float* sums, i64 B,
+extern "C" int coterie_depthwise_gelu_backward(const float* grad, const float* x, const float* weight, const float* bias, float* dx, float* sums, i64 B,
                                                i64 H, i64 L, i64 C, int threads) {
     const i64 cb = block_of(L, C), bands = (H + BAND - 1) / BAND, blocks = (C + cb - 1) / cb;
     std::unique_ptr<float[]> memory(new (std::nothrow) float[std::size_t(9 * C + threads * (3 * L * cb + 10 * C))]);
@@ -139,7 +145,7 @@ extern "C" int coterie_depthwise_gelu_backward(const float* grad, const float* x
     // Each of the `threads` shares is fixed beforehand, so that the sums do not depend on who is quicker.
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int share = 0; share < threads; ++share) {
-        float* slopes = flipped + 9 * C + share * 3 * L * cb;  // three rows of grad GELU'(z), in turn
+        float* slopes = flipped + 9 * C + share * 3 * L * cb;  // three rows of grad GELU'(.), in turn
         float* partial = all_partial + share * 10 * C;
         const i64 items = B * bands * blocks;
         for (i64 item = items * share / threads; item < items * (share + 1) / threads; ++item) {
@@ -149,9 +155,17 @@ extern "C" int coterie_depthwise_gelu_backward(const float* grad, const float* x
             auto enter = [&](i64 r) {
                 float* d = row_of(r);
                 if (!d) return;
-                i64 place = (b * H + r) * L * C + c0;
-                for (i64 t = 0; t < L; ++t, place += C, d += n)
-                    for (i64 c = 0; c < n; c += W) at(d + c) = at(grad + place + c) * gelu_slope(at(z + place + c));
+                for (i64 t = 0; t < L;) {
+                    const i64 place = ((b * H + r) * L + t) * C + c0;
+                    const float* rows[3] = {r ? x + place - L * C : nullptr, x + place, r + 1 < H ? x + place + L * C : nullptr};
+                    if (t + 4 <= L) {
+                        slope<4>(rows, C, t > 0, t + 4 < L, weight + c0, C, bias + c0, n, grad + place, d + t * n);
+                        t += 4;
+                    } else {
+                        slope<1>(rows, C, t > 0, t + 1 < L, weight + c0, C, bias + c0, n, grad + place, d + t * n);
+                        t += 1;
+                    }
+                }
             };
             enter(from - 1);
             enter(from);
