@@ -4,6 +4,9 @@ A grid that the windows do not divide is padded at its end and the padding is ma
 smaller ones; a window larger than the grid is the grid. With a shift s, an axis is cut at s, s + w, s + 2w, ...: the
 two partial windows at its ends share one window's worth of work by a cyclic roll (Swin, arXiv 2103.14030, section 3.2)
 and are kept apart by the mask.
+
+A window is also a group of queries that attend to the same keys. On the CPU the kernel for such groups takes queries,
+keys and values where they lie: nothing is cut out, put back or masked (`Windows.groups`).
 """
 
 from dataclasses import dataclass
@@ -15,6 +18,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from coterie.attention.base import exact_attention
+from coterie.ops._dispatch import Call
+from coterie.ops.dynamic_group.api import GROUPED_ATTENTION, grouped_attention
+
+GROUPED_TOKENS = 256  # larger windows are left to scaled_dot_product_attention, which goes through keys in blocks
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,29 @@ class Windows:
             number = number.unsqueeze(-1) * (count + 1) + along
         return number
 
+    def groups(self, device: torch.device) -> tuple[Int[Tensor, " tokens"], Int[Tensor, "windows window_tokens"], bool]:
+        """The window of every token and the tokens of every window, and whether some of these are none.
+
+        Windows at the border are windows of their own here. A place without a token has a number from the number of
+        tokens on, below that plus window tokens.
+        """
+        member = torch.zeros((), dtype=torch.int64, device=device)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        exists = torch.ones(1, 1, dtype=torch.bool, device=device)
+        for size, window, shift in zip(self.grid, self.window, self.shift):
+            first = shift - window if shift else 0
+            count = -(-(size - first) // window)
+            place = torch.arange(first, first + count * window, device=device).view(count, window)
+            real = (place >= 0) & (place < size)
+            along = torch.div(torch.arange(size, device=device) - first, window, rounding_mode="floor")
+            member = member.unsqueeze(-1) * count + along
+            token = (token[:, None, :, None] * size + place[:, None]).reshape(-1, token.shape[1] * window)
+            exists = (exists[:, None, :, None] & real[:, None]).reshape(token.shape)
+        ragged = self.padded != self.grid or any(self.shift)
+        if ragged:
+            token = torch.where(exists, token, prod(self.grid) + torch.arange(token.shape[1], device=device))
+        return member.flatten(), token, ragged
+
     def allowed(self, mask: Bool[Tensor, " batch *grid"] | None, device: torch.device) -> Bool[Tensor, "..."] | None:
         """Who may attend to whom, (batch or 1, windows, window tokens, window tokens), or None where everybody may."""
         if self.padded == self.grid and not any(self.shift) and mask is None:
@@ -100,6 +130,8 @@ def window_attention(
     scale: float,
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
     """Softmax attention of every token to the real tokens of its own window."""
+    if bias is None and _grouped_is_faster(query, key, value, windows):
+        return _grouped(query, key, value, windows, mask, scale)
     batch, heads, _, head_dim = query.shape
     grid = windows.grid
 
@@ -120,3 +152,27 @@ def window_attention(
     )
     y = y.unflatten(0, (batch, prod(windows.counts))).transpose(1, 2)
     return windows.join(y, 2).reshape(batch, heads, -1, head_dim)
+
+
+def _grouped_is_faster(query: Tensor, key: Tensor, value: Tensor, windows: Windows) -> bool:
+    if query.device.type != "cpu" or prod(windows.window) > GROUPED_TOKENS:
+        return False
+    return GROUPED_ATTENTION.choose("auto", Call.of(query, key, value)) == "cpu"
+
+
+def _grouped(
+    query: Float[Tensor, "batch heads tokens head_dim"],
+    key: Float[Tensor, "batch heads tokens head_dim"],
+    value: Float[Tensor, "batch heads tokens head_dim"],
+    windows: Windows,
+    mask: Bool[Tensor, "batch tokens"] | None,
+    scale: float,
+) -> Float[Tensor, "batch heads tokens head_dim"]:
+    batch, heads = query.shape[:2]
+    member, tokens, ragged = windows.groups(query.device)
+    if ragged:  # keys that stand for the places without a token
+        spare = tokens.shape[1]
+        mask = query.new_ones(batch, query.shape[2], dtype=torch.bool) if mask is None else mask
+        key, value, mask = F.pad(key, (0, 0, 0, spare)), F.pad(value, (0, 0, 0, spare)), F.pad(mask, (0, spare))
+    assignment, selected = member.expand(batch, heads, -1), tokens.expand(batch, heads, -1, -1)
+    return grouped_attention(query, key, value, assignment, selected, key_mask=mask, scale=scale)

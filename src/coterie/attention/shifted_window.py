@@ -1,8 +1,9 @@
 """Shifted-window attention: tokens attend inside windows, and every second block shifts the windows by half.
 
 Swin Transformer, arXiv 2103.14030, section 3.2, on 1-, 2- and 3-dimensional grids. Differences from the authors' code:
-the padding of a grid that the windows do not divide takes no part in attention (there it does), and the relative
-position bias is an option, off by default, so that a backbone has the same parameters with any mechanism.
+the padding of a grid that the windows do not divide takes no part in attention (there it does; `uneven`), and the
+relative position bias is an option, off by default, so that a backbone has the same parameters with any mechanism. With
+`shift_size=0` it is the window attention of DaViT (arXiv 2204.03645).
 
 A mask keeps padding out, and a padded grid is cut where the grid alone would be; with one exception: an axis that one
 window covers does not shift, so a grid that fits into one window is cut differently once padding makes it larger.
@@ -12,11 +13,14 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from coterie.attention._windows import Windows, window_attention
-from coterie.attention.base import GridAttention, check_int, register_attention
+from coterie.attention.base import GridAttention, check_choice, check_int, register_attention
+
+UNEVEN = ("masked", "padded_input")
 
 
 @register_attention("shifted_window")
@@ -31,6 +35,9 @@ class ShiftedWindowAttention(GridAttention):
         block_index: which block of its stage this is: even ones do not shift.
         relative_position_bias: add Swin's learned bias per head and relative position to the logits. The table is made
             for the axes of `window_size` (two axes where that is one number), and other grids are then refused.
+        uneven: what to do where windows do not divide the grid. "masked": windows at the border are smaller.
+            "padded_input" is the authors' way, and DaViT's: zeros behind the last token of each axis of the input take
+            part in attention, with the biases as their keys and values; released models are trained with it.
     """
 
     grid_dims: ClassVar[frozenset[int]] = frozenset({1, 2, 3})
@@ -45,6 +52,7 @@ class ShiftedWindowAttention(GridAttention):
         shift_size: int | Sequence[int] | None = None,
         block_index: int = 0,
         relative_position_bias: bool = False,
+        uneven: str = "masked",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
@@ -61,6 +69,8 @@ class ShiftedWindowAttention(GridAttention):
             if any(s >= w for s, w in zip(self.shift_size, largest)):
                 raise ValueError(f"shift_size must be smaller than window_size {window_size}, got {shift_size}")
         check_int("block_index", block_index, 0)
+        check_choice("uneven", uneven, UNEVEN)
+        self.uneven = uneven
         self.shifts = block_index % 2 == 1
         self.relative_position_bias_table: nn.Parameter | None = None
         if relative_position_bias:
@@ -71,6 +81,25 @@ class ShiftedWindowAttention(GridAttention):
                 rows *= 2 * size - 1
             self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads, device=device, dtype=dtype))
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def mix(
+        self,
+        x: Float[Tensor, "batch *grid dim"],
+        context: Tensor | None,
+        *,
+        mask: Bool[Tensor, " batch *grid"] | None,
+        is_causal: bool,
+    ) -> Float[Tensor, "batch *grid dim"]:
+        grid = tuple(x.shape[1:-1])
+        spare = [-size % window for size, window in zip(grid, self._along(grid)[0])]
+        if self.uneven == "masked" or not any(spare):
+            return super().mix(x, context, mask=mask, is_causal=is_causal)
+        behind = [amount for size in reversed(spare) for amount in (0, size)]
+        mask = None if mask is None else F.pad(mask, behind, value=True)
+        y = super().mix(F.pad(x, [0, 0, *behind]), context, mask=mask, is_causal=is_causal)
+        for axis, size in enumerate(grid):
+            y = y.narrow(1 + axis, 0, size)
+        return y
 
     def attend(
         self,
@@ -89,14 +118,18 @@ class ShiftedWindowAttention(GridAttention):
 
     def windows(self, grid: tuple[int, ...]) -> Windows:
         """How this block cuts a grid."""
-        dims = len(grid)
-        axes = len(self.window_size)
+        window, shift = self._along(grid)
+        return Windows.fit(grid, window, shift if self.shifts else (0,) * len(grid))
+
+    def _along(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Window and shift along each axis, before they are fitted to the grid."""
+        dims, axes = len(grid), len(self.window_size)
         if axes != dims and (axes != 1 or self.relative_position_bias_table is not None):
             raise ValueError(
                 f"x must have a {axes}-dimensional grid, as window_size={self.window_size}, got grid {grid}"
             )
         window, shift = (sizes * (dims // len(sizes)) for sizes in (self.window_size, self.shift_size))
-        return Windows.fit(grid, window, shift if self.shifts else (0,) * dims)
+        return window, shift
 
     def no_weight_decay(self) -> set[str]:
         table = set() if self.relative_position_bias_table is None else {"relative_position_bias_table"}
