@@ -275,6 +275,6 @@ def test_registration_refuses_doubles_and_undeclared_abilities():
     for declared in ({}, {"grid_dims": frozenset({4}), "patterns": frozenset({"bidirectional self"})}):
         with pytest.raises(ValueError, match="grid_dims must be a non-empty subset"):
             register_attention("new")(type("New", (GridAttention,), declared))
-    with pytest.raises(ValueError, match=r"attention must be one of 'bi_level_routing', 'composable', .*, got 'local'"):
+    with pytest.raises(ValueError, match=r"attention must be one of 'agent', 'bi_level_routing', .*, got 'local'"):
         create_attention("local", 12, 3)
     assert "new" not in list_attention()

@@ -21,6 +21,8 @@ SMALL: dict[str, dict] = {
     "dgt_nano": {},
     "dgt_pico": {},
     "dgt_": _NARROW,
+    "agent_swin": {**_NARROW, "img_size": 48, "agents": (3, 2, 2, 2), "agent_blocks": (1, 1, 1, 0)},
+    "litv2_": _NARROW,
     "crossformer_": {**_NARROW, "group_size": (3, 3, 2, 2), "interval": (2, 2, 1, 1)},
 }
 SIDE = 32

@@ -4,6 +4,7 @@
 a timm ViT; `follow_learning_rate` lets centroids move with the optimizer, `initialize_centroids` starts them from data.
 """
 
+from coterie.attention.agent import AgentAttention
 from coterie.attention.base import (
     PATTERNS,
     GridAttention,
@@ -30,6 +31,7 @@ from coterie.attention.shifted_window import ShiftedWindowAttention
 
 __all__ = [
     "PATTERNS",
+    "AgentAttention",
     "BiLevelRoutingAttention",
     "CascadedGroupAttention",
     "CentroidFollower",
