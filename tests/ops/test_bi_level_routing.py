@@ -17,23 +17,32 @@ def tensors(batch, heads, tokens, head_dim, seed=0, dtype=torch.float64):
     ]
 
 
-def regions_of(grid, regions):
-    """Region of each token: row r of H belongs to region floor(r S / H), and columns likewise."""
+def regions_of(grid, regions, mask=None):
+    """Region of each token: row r of H belongs to region floor(r S / H), and columns likewise; H is up to the last row
+    that holds a real token."""
     rows, columns = grid
+    if mask is not None and mask.any():
+        real = mask.view(grid).nonzero()
+        rows, columns = (int(n) + 1 for n in real.amax(0))
     return torch.tensor(
-        [(r * regions // rows) * regions + c * regions // columns for r in range(rows) for c in range(columns)]
+        [
+            min(r * regions // rows, regions - 1) * regions + min(c * regions // columns, regions - 1)
+            for r in range(grid[0])
+            for c in range(grid[1])
+        ]
     )
 
 
 def brute_force(query, key, value, grid, regions, top_k, mask=None, scale=None):
     batch, heads, tokens, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
-    member = regions_of(grid, regions)
+    members = [regions_of(grid, regions, None if mask is None else mask[b]) for b in range(batch)]
     mask = torch.ones(batch, tokens, dtype=torch.bool) if mask is None else mask
     out = 0.0 * (query.sum() + key.sum() + value)  # differentiable where every key is masked, too
     for b in range(batch):
         affinity = torch.full((regions**2, regions**2), float("-inf"), dtype=query.dtype)
         mean = torch.zeros(2, regions**2, heads * head_dim, dtype=query.dtype)
+        member = members[b]
         real = [(member == r) & mask[b] for r in range(regions**2)]
         for r in range(regions**2):
             for i, x in enumerate((query, key)):
@@ -182,6 +191,23 @@ def test_the_backward_is_the_same_bits_every_time_with_deterministic_algorithms_
     finally:
         torch.use_deterministic_algorithms(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
+@pytest.mark.parametrize("size", [(5, 4), (7, 9), (2, 3)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_image_in_a_larger_batch_is_cut_as_it_would_be_alone(size, backend):
+    """(2, 3) has fewer rows than regions: some regions are empty, and no key is lost."""
+    q, k, v = tensors(2, 2, 7 * 9, 4)
+    mask = torch.zeros(2, 7, 9, dtype=torch.bool)
+    mask[0, : size[0], : size[1]] = True
+    mask[1] = True
+    y = bi_level_routing_attention(q, k, v, (7, 9), regions=3, top_k=2, key_mask=mask.flatten(1), backend=backend)
+    first = [x.unflatten(2, (7, 9))[:1, :, : size[0], : size[1]].flatten(2, 3) for x in (q, k, v)]
+    got = y[:1].unflatten(2, (7, 9))[:, :, : size[0], : size[1]].flatten(2, 3)
+    torch.testing.assert_close(got, brute_force(*first, size, 3, 2), rtol=1e-10, atol=1e-10)
+    second = [x[1:] for x in (q, k, v)]
+    alone = bi_level_routing_attention(*second, (7, 9), regions=3, top_k=2, backend=backend)
+    torch.testing.assert_close(y[1:], alone, rtol=1e-10, atol=1e-10)
 
 
 def test_explain_knows_it():

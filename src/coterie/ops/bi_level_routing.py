@@ -68,15 +68,16 @@ def bi_level_routing_attention(
     check.check_same(_OP, "(batch, heads, tokens)", "key and value", key.shape[:3], value.shape[:3])
     check.check_scale(_OP, scale)
     backend = GROUPED_ATTENTION.choose(backend, Call.of(query, key, value))
-    if top_k == cut.count and not (cut.spare and partition == "ceil"):
+    if top_k == cut.count and (partition == "balanced" or cut.even(None)):
         return _exact(query, key, value, key_mask, scale)
     assignment, selected = _route(query, key, cut, top_k, key_mask)
-    if cut.spare:  # keys that fill up the regions; only in the authors' way do they take part
-        key, value = F.pad(key, (0, 0, 0, cut.spare)), F.pad(value, (0, 0, 0, cut.spare))
+    if not cut.even(key_mask):  # room for the numbers of no token; only in the authors' way do they take part
+        spare = selected.shape[-1]
+        key, value = F.pad(key, (0, 0, 0, spare)), F.pad(value, (0, 0, 0, spare))
         if key_mask is None and partition == "balanced":
             key_mask = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
         if key_mask is not None:
-            key_mask = F.pad(key_mask, (0, cut.spare), value=partition == "ceil")
+            key_mask = F.pad(key_mask, (0, spare), value=partition == "ceil")
     return grouped_attention(query, key, value, assignment, selected, key_mask=key_mask, scale=scale, backend=backend)
 
 
@@ -102,11 +103,14 @@ def region_routing(
         partition: how a side that S does not divide is cut. "balanced": into S regions whose sizes differ by one at
             most. "ceil": into regions of side // S, the last of which may be partly outside (the authors' refactored
             code); there are more than S then, and zeros outside take part as keys.
-        key_mask: (batch, tokens), True where a token is real. A region without real tokens is chosen last.
+        key_mask: (batch, tokens), True where a token is real. "balanced" then cuts each image by itself, up to its last
+            row and column that hold a real token, so that it does not matter how much padding follows. A region
+            without real tokens is chosen last.
 
     Returns:
         assignment (batch, heads, tokens) int64 and selected (batch, heads, regions, top_k * tokens of a region) int64.
-        Where regions are not of one size, numbers from `tokens` on stand for no token, each once.
+        Where regions are not of one size, or there is a mask, numbers from `tokens` on stand for no token, each once
+        in a row.
 
     Raises:
         ValueError: a side of the grid below `regions`, `top_k` above the number of regions, and shapes that do not fit.
@@ -115,9 +119,13 @@ def region_routing(
     return _route(query, key, cut, top_k, key_mask)
 
 
+Length = int | Int[Tensor, "batch one"]
+
+
 @dataclass(frozen=True)
 class _Axis:
-    """One side of the grid: how many regions of at most how many tokens."""
+    """One side of the grid: how many regions of at most how many tokens. Methods take the length to cut: that of the
+    grid, or one of each image (batch, 1), which then is the first dimension of what they return."""
 
     size: int
     count: int
@@ -131,23 +139,22 @@ class _Axis:
         width = size // regions
         return cls(size, -(-size // width), width, False)
 
-    def edges(self, device: torch.device) -> Int[Tensor, " count_plus_one"]:
-        """Where regions begin, and the end."""
+    def members(self, length: Length, device: torch.device) -> Int[Tensor, "*batch size"]:
+        """The region of each position; beyond the length it is the last one."""
+        position = torch.arange(self.size, device=device)
+        return (position * self.count // length).clamp(max=self.count - 1) if self.balanced else position // self.width
+
+    def slots(
+        self, length: Length, device: torch.device
+    ) -> tuple[Int[Tensor, "*batch count width"], Bool[Tensor, "*batch count width"]]:
+        """The positions of each region, and which of them exist."""
         number = torch.arange(self.count + 1, device=device)
         if self.balanced:
-            return (number * self.size + self.count - 1) // self.count
-        return (number * self.width).clamp(max=self.size)
-
-    def members(self, device: torch.device) -> Int[Tensor, " size"]:
-        """The region of each position."""
-        position = torch.arange(self.size, device=device)
-        return position * self.count // self.size if self.balanced else position // self.width
-
-    def slots(self, device: torch.device) -> tuple[Int[Tensor, "count width"], Bool[Tensor, "count width"]]:
-        """The positions of each region, and which of them exist."""
-        edges = self.edges(device)
-        position = edges[:-1, None] + torch.arange(self.width, device=device)
-        return position, position < edges[1:, None]
+            edges = (number * length + self.count - 1) // self.count
+        else:
+            edges = (number * self.width).clamp(max=self.size)
+        position = edges[..., :-1, None] + torch.arange(self.width, device=device)
+        return position, position < edges[..., 1:, None]
 
 
 @dataclass(frozen=True)
@@ -161,65 +168,91 @@ class _Cut:
     def count(self) -> int:
         return self.rows.count * self.columns.count
 
-    @property
-    def spare(self) -> int:
-        """Places in regions beyond the tokens there are."""
-        return self.count * self.rows.width * self.columns.width - self.rows.size * self.columns.size
+    def even(self, mask: Tensor | None) -> bool:
+        """Whether all regions have the same number of tokens, whatever the images are."""
+        places = self.count * self.rows.width * self.columns.width
+        return places == self.rows.size * self.columns.size and not (self.rows.balanced and mask is not None)
 
-    def members(self, device: torch.device) -> Int[Tensor, " tokens"]:
+    def lengths(self, mask: Bool[Tensor, "batch tokens"] | None) -> tuple[Length, Length]:
+        """Rows and columns to cut: all, or up to the last real one of each image."""
+        if mask is None or not self.rows.balanced:
+            return self.rows.size, self.columns.size
+        grid = mask.unflatten(1, (self.rows.size, self.columns.size))
+        down, across = (
+            (torch.arange(1, real.shape[1] + 1, device=mask.device) * real).amax(1, keepdim=True).clamp(min=1)
+            for real in (grid.any(2), grid.any(1))
+        )
+        return down, across
+
+    def members(self, lengths: tuple[Length, Length], device: torch.device) -> Int[Tensor, "*batch tokens"]:
         """The region of each token."""
-        return (self.rows.members(device)[:, None] * self.columns.count + self.columns.members(device)).flatten()
+        rows, columns = self.rows.members(lengths[0], device), self.columns.members(lengths[1], device)
+        return (rows.unsqueeze(-1) * self.columns.count + columns.unsqueeze(-2)).flatten(-2)
 
-    def tokens(self, device: torch.device) -> Int[Tensor, "regions width"]:
-        """The tokens of each region; spare places are numbered on from the number of tokens."""
-        (row, in_rows), (column, in_columns) = self.rows.slots(device), self.columns.slots(device)
-        token = (row[:, None, :, None] * self.columns.size + column[None, :, None, :]).reshape(self.count, -1)
-        if not self.spare:
-            return token
-        exists = (in_rows[:, None, :, None] & in_columns[None, :, None, :]).reshape(self.count, -1)
-        last = self.rows.size * self.columns.size - 1
-        return torch.where(exists, token, (~exists).flatten().cumsum(0).view(exists.shape) + last)
+    def tokens(self, lengths: tuple[Length, Length], device: torch.device) -> Int[Tensor, "*batch regions width"]:
+        """The tokens of each region; places beyond them hold -1."""
+        row, in_rows = self.rows.slots(lengths[0], device)
+        column, in_columns = self.columns.slots(lengths[1], device)
+        token = row[..., :, None, :, None] * self.columns.size + column[..., None, :, None, :]
+        exists = in_rows[..., :, None, :, None] & in_columns[..., None, :, None, :]
+        return torch.where(exists, token, -1).flatten(-2).flatten(-3, -2)
 
-    def means(
-        self, x: Float[Tensor, "batch heads tokens head_dim"], mask: Bool[Tensor, "batch tokens"] | None
-    ) -> Float[Tensor, "batch regions dim"]:
-        """The mean of each region over its real tokens, heads side by side; zero where there are none."""
+    def means(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Float[Tensor, "batch regions dim"]:
+        """The mean of each region over its tokens, heads side by side, where regions are even."""
         rows, columns = self.rows, self.columns
         tokens = x.transpose(1, 2).flatten(2).to(torch.promote_types(x.dtype, torch.float32))
-        batch = tokens.shape[0]
-        if mask is None and not self.spare:
-            strips = tokens.unflatten(1, (rows.count, rows.width, columns.size)).sum(2)
-            sums = strips.unflatten(2, (columns.count, columns.width)).sum(3)
-            return sums.flatten(1, 2) / (rows.width * columns.width)
-        if mask is None:
-            mask = torch.ones(1, tokens.shape[1], dtype=torch.bool, device=x.device)
-        real = mask.unsqueeze(-1).to(tokens.dtype)
-        sums = self._sums(torch.cat([tokens.masked_fill(~mask.unsqueeze(-1), 0.0), real.expand(batch, -1, 1)], -1))
-        return sums[..., :-1] / sums[..., -1:].clamp(min=1.0)
+        strips = tokens.unflatten(1, (rows.count, rows.width, columns.size)).sum(2)
+        sums = strips.unflatten(2, (columns.count, columns.width)).sum(3)
+        return sums.flatten(1, 2) / (rows.width * columns.width)
 
-    def _sums(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch regions dim"]:
+    def real_means(
+        self,
+        x: Float[Tensor, "batch heads tokens head_dim"],
+        real: Bool[Tensor, "#batch tokens"],
+        lengths: tuple[Length, Length],
+    ) -> tuple[Float[Tensor, "batch regions dim"], Bool[Tensor, "#batch regions"]]:
+        """The mean of each region over its real tokens, zero where there are none; and where there are none."""
+        tokens = x.transpose(1, 2).flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+        count = self._sums(real.unsqueeze(-1).to(tokens.dtype), lengths)
+        sums = self._sums(tokens.masked_fill(~real.unsqueeze(-1), 0.0), lengths)
+        return sums / count.clamp(min=1.0), count.squeeze(-1) == 0
+
+    def _sums(
+        self, tokens: Float[Tensor, "batch tokens dim"], lengths: tuple[Length, Length]
+    ) -> Float[Tensor, "batch regions dim"]:
         """Sums over regions, as products with matrices of zeros and ones: in a fixed order on every device."""
-        down = F.one_hot(self.rows.members(tokens.device), self.rows.count).T.to(tokens.dtype)
-        across = F.one_hot(self.columns.members(tokens.device), self.columns.count).T.to(tokens.dtype)
-        strips = down @ tokens.reshape(tokens.shape[0], self.rows.size, -1)
-        return (across @ strips.unflatten(-1, (self.columns.size, -1))).flatten(1, 2)
+        rows, columns, device = self.rows, self.columns, tokens.device
+        down = F.one_hot(rows.members(lengths[0], device), rows.count).transpose(-1, -2).to(tokens.dtype)
+        across = F.one_hot(columns.members(lengths[1], device), columns.count).transpose(-1, -2).to(tokens.dtype)
+        strips = down @ tokens.reshape(tokens.shape[0], rows.size, -1)
+        return (across.unsqueeze(-3) @ strips.unflatten(-1, (columns.size, -1))).flatten(1, 2)
 
 
 def _route(
     query: Tensor, key: Tensor, cut: _Cut, top_k: int, key_mask: Tensor | None
 ) -> tuple[Int[Tensor, "batch heads tokens"], Int[Tensor, "batch heads regions selected"]]:
-    device, (batch, heads) = query.device, query.shape[:2]
+    device, (batch, heads, tokens) = query.device, query.shape[:3]
     autocast = autocasting(device.type)
     with torch.no_grad(), torch.autocast(device.type, enabled=False) if autocast else nullcontext():
-        affinity = cut.means(query, key_mask) @ cut.means(key, key_mask).transpose(-1, -2)
-        if key_mask is not None:
-            nobody = torch.ones(batch, cut.count, dtype=torch.bool, device=device)
-            nobody = nobody.scatter_reduce(1, cut.members(device).expand(batch, -1), ~key_mask, "amin")
-            affinity = affinity.masked_fill(nobody.unsqueeze(1), float("-inf"))
+        lengths, even = cut.lengths(key_mask), cut.even(key_mask)
+        if even and key_mask is None:
+            affinity = cut.means(query) @ cut.means(key).transpose(-1, -2)
+        else:
+            real = torch.ones(1, tokens, dtype=torch.bool, device=device) if key_mask is None else key_mask
+            (of_query, _), (of_key, nobody) = (cut.real_means(x, real, lengths) for x in (query, key))
+            affinity = (of_query @ of_key.transpose(-1, -2)).masked_fill(nobody.unsqueeze(1), float("-inf"))
         order = affinity.sort(dim=-1, descending=True, stable=True).indices
         chosen = order[..., :top_k].sort(dim=-1).values
-        selected = cut.tokens(device)[chosen].flatten(2)
-    assignment = cut.members(device).expand(batch, heads, -1)
+        places = cut.tokens(lengths, device)
+        if places.ndim == 2:
+            selected = places[chosen].flatten(2)
+        else:  # every image has its own regions
+            image = torch.arange(batch, device=device)[:, None, None]
+            selected = places[image, chosen].flatten(2)
+        if not even:
+            nowhere = torch.arange(tokens, tokens + selected.shape[-1], device=device)
+            selected = torch.where(selected < 0, nowhere, selected)
+    assignment = cut.members(lengths, device).expand(batch, tokens).unsqueeze(1).expand(-1, heads, -1)
     return assignment, selected.unsqueeze(1).expand(-1, heads, -1, -1)
 
 
