@@ -21,6 +21,8 @@ SMALL: dict[str, dict] = {
     "dgt_nano": {},
     "dgt_pico": {},
     "dgt_": _NARROW,
+    "biformer_": {**_NARROW, "regions": (4, 4, 2, 1)},
+    "agent_pvt": {**_NARROW, "img_size": 48, "agents": (3, 2, 2, 1)},
     "agent_swin": {**_NARROW, "img_size": 48, "agents": (3, 2, 2, 2), "agent_blocks": (1, 1, 1, 0)},
     "litv2_": _NARROW,
     "crossformer_": {**_NARROW, "group_size": (3, 3, 2, 2), "interval": (2, 2, 1, 1)},
@@ -30,7 +32,7 @@ SIDE = 32
 pytestmark = pytest.mark.filterwarnings("ignore:centroids of dynamic groups")  # no optimizer follows in these tests
 
 
-PYRAMIDS = [name for name in list_models() if not name.startswith("dcvit")]
+PYRAMIDS = [name for name in list_models() if not name.startswith(("dcvit", "agent_deit"))]
 
 
 @pytest.fixture(scope="module", params=PYRAMIDS)
