@@ -1,5 +1,7 @@
 """The architectures. Importing this package registers the vision models with timm, for `timm.create_model`."""
 
+from coterie.models import agent_deit as agent_deit  # registers them
+from coterie.models import agent_pvt as agent_pvt  # registers them
 from coterie.models import agent_swin as agent_swin  # registers them
 from coterie.models import biformer as biformer  # registers it
 from coterie.models import crossformer_sizes as crossformer_sizes  # registers them
