@@ -38,9 +38,6 @@ from coterie.attention.base import (
     register_attention,
     unit_rows,
 )
-from coterie.layers.batch_norm import stands_still
-from coterie.layers.layout import to_grid, to_map
-from coterie.layers.padding import batch_norm, zero_padding
 from coterie.ops._state import autocasting
 from coterie.ops.cascaded_group import cascaded_group_attention
 from coterie.ops.cascaded_group.reference import bias_of_pairs
@@ -130,7 +127,7 @@ class CascadedGroupAttention(GridAttention):
                 scale=self.scale,
                 backend=self.backend,
             )
-            y = to_grid(self._projected(to_map(y), mask))
+            y = self._projected(y.permute(0, 3, 1, 2), mask).permute(0, 2, 3, 1)
         else:
             y = self._by_head(x, mask, window, outside)
         return self.proj_drop(y)
@@ -178,14 +175,14 @@ class CascadedGroupAttention(GridAttention):
         real = None
         if mask is not None:
             real = windows.split(mask.unsqueeze(-1), 1).flatten(0, 1).squeeze(-1).unflatten(1, window)
-        parts = to_map(windows.split(x, 1).flatten(0, 1).unflatten(1, window)).chunk(self.num_heads, 1)
+        maps = windows.split(x, 1).flatten(0, 1).unflatten(1, window).permute(0, 3, 1, 2)
         biases = bias_of_pairs(self.attention_biases, window)
         outputs: list[Tensor] = []
-        for head, part in enumerate(parts):
+        for head, part in enumerate(maps.chunk(self.num_heads, 1)):
             f = part if not outputs else part + outputs[-1]
             outputs.append(self._head(head, f, biases[head], real))
-        y = to_grid(self._projected(torch.cat(outputs, 1), real))  # its statistics include zeros that take part
-        return windows.join(y.flatten(1, 2).unflatten(0, (len(x), -1)), 1)[:, :rows, :columns]
+        y = self._projected(torch.cat(outputs, 1), real)  # its statistics include zeros that take part
+        return windows.join(y.flatten(2).transpose(1, 2).unflatten(0, (len(x), -1)), 1)[:, :rows, :columns]
 
     def _head(
         self,
@@ -197,7 +194,9 @@ class CascadedGroupAttention(GridAttention):
         window = f.shape[2:]
         qkv = _apply(self.qkvs[head], f, real)
         query, key, value = qkv.split([self.key_dim, self.key_dim, self.head_dim], 1)
-        query = _apply(self.dws[head], zero_padding(query, real), real).flatten(2)
+        if real is not None:
+            query = query.masked_fill(~real.unsqueeze(1), 0.0)
+        query = _apply(self.dws[head], query, real).flatten(2)
         key, value = key.flatten(2), value.flatten(2)
         scale = self.scale
         if self.similarity == "cosine":
@@ -262,14 +261,23 @@ def _split(part: nn.Module) -> tuple[nn.Conv2d, _BatchNorm | None]:
 
 def _is_fixed(part: nn.Module) -> bool:
     norm = _split(part)[1]
-    return norm is None or stands_still(norm)
+    return norm is None or (not norm.training and norm.running_mean is not None)
 
 
 def _apply(
     part: nn.Module, x: Float[Tensor, "windows dim rows columns"], real: Bool[Tensor, "windows rows columns"] | None
 ) -> Float[Tensor, "windows out rows columns"]:
+    """The convolution, and the normalisation with the statistics of the real tokens."""
     conv, norm = _split(part)
-    return conv(x) if norm is None else batch_norm(norm, conv(x), real)
+    y = conv(x)
+    if norm is None:
+        return y
+    if real is None or _is_fixed(part):
+        return norm(y)
+    tokens = y.permute(0, 2, 3, 1)
+    normed = norm(tokens[real][:, :, None, None])[:, :, 0, 0]  # as so many images of one pixel
+    zeros = tokens.new_zeros(tokens.shape, dtype=normed.dtype)
+    return zeros.masked_scatter(real.unsqueeze(-1), normed).permute(0, 3, 1, 2)
 
 
 def _folded(
