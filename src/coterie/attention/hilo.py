@@ -151,13 +151,16 @@ class HiLoAttention(GridAttention):
         if self.window_size == 1:
             return x, mask
         average = _AVERAGES[x.ndim - 2]
-        options: dict[str, Any] = {"kernel_size": self.window_size, "ceil_mode": True, "count_include_pad": False}
+        window = tuple(min(self.window_size, side) for side in x.shape[1:-1])
+        options: dict[str, Any] = {"kernel_size": window, "ceil_mode": True, "count_include_pad": False}
+        wide = torch.promote_types(x.dtype, torch.float32)
+        tokens = x if x.ndim == 4 and mask is None else x.to(wide)  # torch averages half precision in 2 dimensions only
         if mask is None:
-            return average(x.movedim(-1, 1), **options).movedim(1, -1), None
-        share = average(mask.unsqueeze(1).to(x.dtype), **options)
+            return average(tokens.movedim(-1, 1), **options).movedim(1, -1).to(x.dtype), None
+        share = average(mask.unsqueeze(1).to(wide), **options)
         some = share > 0
-        total = average(x.masked_fill(~mask.unsqueeze(-1), 0.0).movedim(-1, 1), **options)
-        return (total / share.masked_fill(~some, 1.0)).movedim(1, -1), some[:, 0]
+        total = average(tokens.masked_fill(~mask.unsqueeze(-1), 0.0).movedim(-1, 1), **options)
+        return (total / share.masked_fill(~some, 1.0)).movedim(1, -1).to(x.dtype), some[:, 0]
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, heads: slice) -> Tensor:
         """Exact attention of some of the heads, (..., heads, tokens, head_dim)."""

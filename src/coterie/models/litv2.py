@@ -342,8 +342,13 @@ class LITv2(Pyramid):
         self.num_features = dims[-1]
         self.norm: nn.Module = nn.LayerNorm(self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.num_features
+        self.head_hidden_size = self.head.num_features
         named_apply(_init_weights, self)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """A new classifier (none for 0 classes), and a pooling if given; there is nothing `other` to reset."""
+        super().reset_classifier(num_classes, global_pool, reset_other)
+        self.head_hidden_size = self.head.num_features
 
     def from_authors(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors of an authors' classifier under this model's names, and what is dropped, with why (nothing)."""
