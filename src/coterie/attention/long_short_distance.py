@@ -19,17 +19,22 @@ neither, there by an additive mask, here too where a device has no kernel for ra
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from coterie.attention._windows import Windows
 from coterie.attention.base import GridAttention, check_choice, check_int, exact_attention, register_attention
-from coterie.ops._state import autocasting
+from coterie.ops._dispatch import Call
+from coterie.ops._state import autocasting, exporting
+from coterie.ops.biased_group_attention import BIASED_GROUP_ATTENTION, biased_group_attention
 
+KERNEL_TOKENS = 256  # larger groups are left to scaled_dot_product_attention, which goes through keys in blocks
 GROWING = "growing"
 SMALL_GRIDS = ("axes", "shorter_side")
 
@@ -69,6 +74,11 @@ class Groups:
             x = x.narrow(1 + axis, 0, size)
         return x
 
+    def tokens(self) -> Int[Tensor, "groups group_tokens"]:
+        """The tokens of every group, in raster order of the grid; -1 where there is none. On the CPU."""
+        number = torch.arange(1, prod(self.grid) + 1, device="cpu").reshape(1, *self.grid, 1)
+        return self.split(number)[0, ..., 0] - 1
+
     def real(
         self, mask: Bool[Tensor, " batch *grid"] | None, device: torch.device
     ) -> Bool[Tensor, "batch_or_1 groups tokens"] | None:
@@ -77,6 +87,12 @@ class Groups:
             return None
         mask = torch.ones(1, *self.grid, dtype=torch.bool, device=device) if mask is None else mask
         return self.split(mask.unsqueeze(-1)).squeeze(-1)
+
+
+@lru_cache(maxsize=64)
+def _kept_tokens(groups: Groups) -> Int[Tensor, "groups group_tokens"]:
+    with torch.inference_mode(False):  # a training step may want to save it
+        return groups.tokens()
 
 
 class DynamicPositionBias(nn.Module):
@@ -254,6 +270,8 @@ class LongShortDistanceAttention(GridAttention):
         self, x: Float[Tensor, "batch *grid dim"], mask: Bool[Tensor, " batch *grid"] | None, groups: Groups
     ) -> Float[Tensor, "batch *grid dim"]:
         batch = len(x)
+        if self._kernel_serves(x, groups):
+            return self._where_they_lie(x, mask, groups)
         query, key, value = self.project(groups.split(x).flatten(0, 1))
         query, scale = self.scaled(query)
         bias = None if self.pos is None else self.pos(groups.size).unsqueeze(0)
@@ -263,6 +281,25 @@ class LongShortDistanceAttention(GridAttention):
         y = exact_attention(query, key, value, allowed=real, bias=bias, scale=scale)
         y = self.proj(y.transpose(1, 2).flatten(2))
         return self.proj_drop(groups.join(y.unflatten(0, (batch, -1))))
+
+    def _kernel_serves(self, x: Tensor, groups: Groups) -> bool:
+        plain = self.similarity == "dot" and type(self.q_norm) is type(self.k_norm) is nn.Identity
+        if not plain or x.device.type != "cpu" or prod(groups.size) > KERNEL_TOKENS:
+            return False
+        call = Call("cpu", x.dtype, self.head_dim, exporting=exporting() or autocasting("cpu"))
+        return BIASED_GROUP_ATTENTION.choose("auto", call) == "cpu"
+
+    def _where_they_lie(
+        self, x: Float[Tensor, "batch *grid dim"], mask: Bool[Tensor, " batch *grid"] | None, groups: Groups
+    ) -> Float[Tensor, "batch *grid dim"]:
+        """The same, by the kernel that takes the tokens of a group from all over the grid: no padding, no copies."""
+        ordinary = type(x) is Tensor and not torch.compiler.is_compiling()  # else not one to be kept
+        tokens = _kept_tokens(groups) if ordinary else groups.tokens()
+        qkv = self.qkv(x).view(len(x), -1, 3, self.num_heads, self.head_dim)
+        bias = None if self.pos is None else self.pos(groups.size).to(qkv.dtype)
+        key_mask = None if mask is None else mask.flatten(1)
+        y = biased_group_attention(qkv, tokens, bias, key_mask=key_mask, scale=self.scale)
+        return self.proj_drop(self.proj(y.view(x.shape)))
 
 
 def _extents(mask: Bool[Tensor, " batch *grid"]) -> list[tuple[int, ...]]:
