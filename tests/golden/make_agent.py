@@ -191,8 +191,40 @@ def maps_of(model: nn.Module, variant: str, image: torch.Tensor) -> tuple[torch.
     return logits, maps
 
 
+def diffusion_figures(checkout: Path, rows: int = 6, columns: int = 8, dim: int = 24, heads: int = 3) -> dict[str, Any]:
+    """Their patch for Stable Diffusion, on a self-attention of its shape: agents of merged tokens, and the output."""
+    package = types.ModuleType("authors_agentsd")
+    package.__path__ = [str(checkout / "agentsd")]
+    with mock.patch.dict(sys.modules, {"authors_agentsd": package}):
+        merge = __import__("authors_agentsd.merge", fromlist=["merge"])
+        patch = __import__("authors_agentsd.patch", fromlist=["patch"])
+    host = SelfAttention(dim, heads).double()
+    host.load_state_dict(generated_weights(((n, p.shape) for n, p in host.named_parameters()), SEED))
+    features = generated_tensor("features", (2, rows * columns, dim), SEED) * dim
+    join, _ = merge.bipartite_soft_matching_random2d(features, columns, rows, 2, 2, 1, 38, no_rand=True)
+    agents = join(features)[1]
+    host.__class__ = patch.make_agent_attn(SelfAttention, 0.3, 0.075)
+    host.set_new_params()
+    with torch.no_grad():
+        output = host(features, agent=agents)
+    figures = {"grid": [rows, columns], "dim": dim, "heads": heads, "seed": SEED, "ratio": 38 / (rows * columns)}
+    figures["agents"] = agents.sort(1).values.flatten()[::7].tolist()
+    return {**figures, "output": output.flatten()[::9].tolist()}
+
+
+class SelfAttention(nn.Module):
+    """A self-attention as diffusers and the authors of Stable Diffusion name its parts."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, (dim // heads) ** -0.5
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(0.0))
+
+
 def main(checkout: Path) -> None:
     OUT.mkdir(exist_ok=True)
+    (OUT / "diffusion.json").write_text(json.dumps(diffusion_figures(checkout)) + "\n")
     for case, (variant, size, from_size) in CASES.items():
         model = authors_model(checkout, variant, img_size=size).double().eval()
         state = weights_of(model) if from_size is None else resized_weights(checkout, variant, size, from_size)

@@ -137,6 +137,6 @@ def agent_deit_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_vision_model
 def agent_deit_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Agent-DeiT-B: 87,204,904 parameters, 17.6 GMACs at 224 x 224; 81 agents in the first four of its twelve blocks."""
+    """Agent-DeiT-B: 87,204,904 parameters, 17.6 GMACs at 224 x 224; 81 agents in the first 4 of its 12 blocks."""
     sizes = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, "agents": 9, "agent_blocks": 4}
     return _create("agent_deit_base", pretrained, **{**sizes, **kwargs})
