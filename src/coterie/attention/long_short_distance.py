@@ -315,7 +315,7 @@ def _extents(mask: Bool[Tensor, " batch *grid"]) -> list[tuple[int, ...]]:
 
 
 def _sizes(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    sizes = (value,) if isinstance(value, int) else tuple(value)
+    sizes = tuple(value) if isinstance(value, Sequence) else (value,)
     if not 1 <= len(sizes) <= 3:
         raise ValueError(f"{name} must be one number, or one per axis of a 1-, 2- or 3-dimensional grid, got {value!r}")
     for size in sizes:
