@@ -297,3 +297,27 @@ def test_it_compiles_in_one_graph_and_runs_in_half_precision():
 def test_maps_are_channels_last_without_copies():
     for stage in maps_of(small().double().eval(), images(1, 3, 40, 33)):
         assert stage.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_dgt_takes_the_mechanism_with_the_same_parameters():
+    options = [{"regions": side, "top_k": k} for side, k in ((4, 2), (4, 4), (2, 4), (1, 1))]
+    model = create_model("dgt_nano", num_classes=7, attention="bi_level_routing", attention_options=options).eval()
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    plain = create_model("dgt_nano", num_classes=7, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters())
+
+
+def test_an_exported_program_gives_the_same():
+    model, x = small().eval(), torch.randn(1, 3, 40, 33)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"regions": 7.0}, "must be an int"), ({"top_k": 4}, "per stage, got 4")]
+)
+def test_options_of_another_type(options, message):
+    with pytest.raises(TypeError, match=message):
+        small(**options)

@@ -44,7 +44,7 @@ class BiLevelRoutingAttention(GridAttention):
         lepe_of: what it convolves: "value", or "input" (x), as the last stage of the released models does.
         scale: of the logits: "head" for head_dim^-0.5, or "dim" for dim^-0.5, as the released models have it.
         uneven: what to do where `regions` does not divide a side. "balanced": regions whose sides differ by one,
-            without padding. "padded_input" and "padded_projection" are the authors' ways (`auto_pad` of their first
+            without padding; the one to use with masks. "padded_input" and "padded_projection" are the authors' ways (`auto_pad` of their first
             code, and that of their refactored one): zeros behind the last row and column of the input, or of queries,
             keys and values, which take part in attention.
         backend: of `coterie.ops.grouped_attention`.

@@ -209,8 +209,9 @@ class BiFormer(Pyramid):
         regions: regions along each side of the map, for all stages or one number per stage. A map needs at least as
             many tokens along each side: with 7 in the first three stages an image of 97 pixels; for images of 32 x 32
             use (4, 4, 2, 1).
-        top_k: regions that each region attends to, one number per stage, None for global attention. The default is
-            the paper's 1, 4, 16 and global, or all regions where there are fewer.
+        top_k: regions that each region attends to, one number per stage, None for global attention (with a projection
+            without bias, as the authors have it). The default is the paper's 1, 4, 16 and global, or all regions where
+            there are fewer.
         layout: "convolutional", or "swin": stem and merging of patches, no position encoding.
         mlp_ratio: hidden over outer channels of the feed-forward.
         scale: of the logits where regions are chosen: "dim", dim^-0.5, or "head", head_dim^-0.5.
@@ -366,15 +367,16 @@ def _routing(
     regions: int | Sequence[int], top_k: Sequence[int | None] | None, stages: int
 ) -> list[tuple[int, int | None]]:
     """`regions` and `top_k` of each stage."""
-    sides = [regions] * stages if isinstance(regions, int) else list(regions)
+    sides = list(regions) if isinstance(regions, Sequence) else [regions] * stages
     for side in sides:
         check_count("each of regions", side, least=1)
     if top_k is None:
-        paper = list(PAPER_TOP_K[:stages])
-        paper += [None] * (stages - len(paper))
+        paper = [*PAPER_TOP_K, *(None for _ in range(stages))]
         most = [None if k is None else min(k, side * side) for k, side in zip(paper, sides)]
-    else:
+    elif isinstance(top_k, Sequence):
         most = list(top_k)
+    else:
+        raise TypeError(f"top_k must be one number (or None) per stage, got {top_k!r}")
     for name, values in (("regions", sides), ("top_k", most)):
         if len(values) != stages:
             raise ValueError(f"{name} must have one number for each of {stages} stages, got {len(values)}: {values}")
