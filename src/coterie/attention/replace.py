@@ -1,9 +1,14 @@
-"""Swapping the attention of a timm ViT or DeiT for a mechanism of this library, keeping its weights.
+"""Swapping the attention of a timm model for a mechanism of this library, keeping its weights.
 
-A block of `timm.models.VisionTransformer` calls `attn(x, attn_mask=..., is_causal=...)` on a sequence (batch, tokens,
-dim) that begins with class and register tokens. The mechanism takes the block's own `qkv`, `proj`, query and key norms
-and scale, so names in the state_dict, optimizers and hooks keep working, and with `top_k` >= tokens (or "global") the
-model's outputs are what they were.
+ViT and DeiT: a block of `timm.models.VisionTransformer` calls `attn(x, attn_mask=..., is_causal=...)` on a sequence
+(batch, tokens, dim) that begins with class and register tokens. The mechanism takes the block's own `qkv`, `proj`,
+query and key norms and scale, so names in the state_dict, optimizers and hooks keep working, and with `top_k` >= tokens
+(or "global") the model's outputs are what they were.
+
+DaViT and EfficientViT: "channel_group" takes the place of DaViT's (and Florence-2's) channel attention,
+"shifted_window" that of its window attention, "cascaded_group" that of EfficientViT's. These are the same functions of
+the same parameters under the same names: the model's outputs are what they were, in less time. Window attention here
+takes a grid and timm's takes windows, so the block around it is exchanged too, with all its parts (`_timm_blocks.py`).
 """
 
 from dataclasses import dataclass, field
@@ -31,11 +36,16 @@ class Replacement:
 
 
 def replace_attention(model: nn.Module, name: str, **options: Any) -> Replacement:
-    """Swap the self-attention of every block of a timm VisionTransformer (ViT, DeiT, ...), in place.
+    """Swap the self-attention of every block of a timm VisionTransformer (ViT, DeiT, ...), DaViT or EfficientViT, in
+    place.
 
     Class, distillation and register tokens become ordinary tokens of the sequence; for "dynamic_group",
     `global_tokens=model.num_prefix_tokens` keeps them seen by, and seeing, every token. New state (centroids) starts at
     random: `initialize_centroids(model, images)` fits it to data.
+
+    In DaViT and EfficientViT a mechanism takes the place of its like only, and has the model's own options, among them
+    `uneven="padded_input"`: where windows do not divide a map, zeros take part in attention, as in training.
+    `uneven="masked"` leaves them out, which changes outputs at such sizes.
 
     Args:
         model: the model, changed in place.
@@ -50,6 +60,8 @@ def replace_attention(model: nn.Module, name: str, **options: Any) -> Replacemen
     """
     from timm.layers import Attention  # timm is not needed before somebody brings a timm model
 
+    from coterie.attention import _timm_blocks as blocks
+
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     mechanism = attention_class(name)
@@ -57,19 +69,31 @@ def replace_attention(model: nn.Module, name: str, **options: Any) -> Replacemen
         name, 8, 2, **{**options, "device": "meta"}
     )  # a wrong option is an error even with nothing to swap
     report = Replacement(name)
+    swaps = blocks.swaps()
     done: list[str] = []
-    plan: list[tuple[str, GridAttention]] = []
+    plan: list[tuple[str, str, nn.Module]] = []
     for path, module in model.named_modules():
         if not _is_attention(path, module) or any(path.startswith(f"{outer}.") for outer in done):
             continue
         done.append(path)
-        reason = _refusal(module, mechanism, name, Attention)
-        if reason is None:
-            plan.append((path, _converted(module, name, len(plan), options)))
+        likes = [other for other, kinds in swaps.items() if type(module) in kinds]
+        if likes == [name]:
+            parent = path.rpartition(".")[0]
+            block = model.get_submodule(parent) if parent else None
+            reason = blocks.refusal(module, block)
+            if reason is None:
+                new, whole = blocks.converted(module, block, options)
+                plan.append((path, parent if whole else path, new))
+        elif likes:
+            reason = f"{type(module).__name__} is the like of {likes[0]!r}, not of {name!r}"
         else:
+            reason = _refusal(module, mechanism, name, Attention)
+            if reason is None:
+                plan.append((path, path, _converted(module, name, len(plan), options)))
+        if reason is not None:
             report.skipped[path] = reason
-    for path, attention in plan:
-        model.set_submodule(path, attention)
+    for path, place, new in plan:
+        model.set_submodule(place, new)
         report.swapped.append(path)
     return report
 
