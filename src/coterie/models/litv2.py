@@ -86,7 +86,7 @@ class DeformableTokenMerging(nn.Module):
     """2x2 deformable convolution (v1) with stride 2, BatchNorm, GELU (LIT, arXiv 2105.14217, section 3.3).
 
     Each tap of the convolution looks at its own place plus an offset which another convolution of the same 2x2 patch
-    gives. With zeros for that one's weights, as it starts, this is an ordinary convolution. In evaluation the BatchNorm
+    gives. That one starts from zero: then this is an ordinary convolution. In evaluation the BatchNorm
     is folded into the convolution, anew in each call; forward hooks on it are not called then.
 
     With a mask the result inside does not depend on padding at all: padding is zero in front of both convolutions, and
@@ -108,6 +108,8 @@ class DeformableTokenMerging(nn.Module):
         self.conv = nn.Conv2d(in_dim, out_dim, MERGE, MERGE, **dd)
         self.offset = nn.Conv2d(in_dim, 2 * MERGE**2, MERGE, MERGE, **dd)
         self.norm = nn.BatchNorm2d(out_dim, **dd)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]  # it has one
 
     def forward(
         self, x: Float[Tensor, "batch in_dim height width"], mask: Bool[Tensor, "batch height width"] | None = None
@@ -379,7 +381,7 @@ def _filled_up(x: Float[Tensor, "batch dim height width"], size: int) -> Float[T
 
 
 def _init_weights(module: nn.Module, name: str = "") -> None:
-    """As the authors: linear layers from a narrow normal, depthwise convolutions by Kaiming, offsets from zero."""
+    """As the authors: linear layers from a narrow normal, depthwise convolutions by Kaiming."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -387,6 +389,3 @@ def _init_weights(module: nn.Module, name: str = "") -> None:
     elif isinstance(module, ConvFeedForward):
         nn.init.normal_(module.dwconv.weight, std=math.sqrt(2 / 9))
         nn.init.zeros_(module.dwconv.bias)  # type: ignore[arg-type]  # it has one
-    elif isinstance(module, DeformableTokenMerging):
-        nn.init.zeros_(module.offset.weight)
-        nn.init.zeros_(module.offset.bias)  # type: ignore[arg-type]  # it has one
