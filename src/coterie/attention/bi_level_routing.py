@@ -11,9 +11,10 @@ be added before the output projection.
 Differences from the authors' code (rayleizhu/BiFormer), each of which is an option: their logits are scaled by
 dim^-0.5, not head_dim^-0.5 (`scale="dim"`); their last stage convolves the input, not the values (`lepe_of="input"`);
 a grid that the regions do not divide is filled up with zeros that take part in everything (`uneven`), while here some
-regions are one row or column larger and no padding exists. The convolution is off by default, so that a backbone has
-the same parameters with any mechanism. What no released model uses is left out: keys at lower resolution, a width of
-queries and keys of their own, and routing with parameters or gradients.
+regions are one row or column larger and no padding exists. With a mask each image of a batch is cut into regions by
+itself, up to its last real row and column, so that its result is what it would be alone. The convolution is off by
+default, so that a backbone has the same parameters with any mechanism. What no released model uses is left out: keys
+at lower resolution, a width of queries and keys of their own, and routing with parameters or gradients.
 """
 
 from typing import Any, ClassVar
@@ -44,9 +45,9 @@ class BiLevelRoutingAttention(GridAttention):
         lepe_of: what it convolves: "value", or "input" (x), as the last stage of the released models does.
         scale: of the logits: "head" for head_dim^-0.5, or "dim" for dim^-0.5, as the released models have it.
         uneven: what to do where `regions` does not divide a side. "balanced": regions whose sides differ by one,
-            without padding; the one to use with masks. "padded_input" and "padded_projection" are the authors' ways (`auto_pad` of their first
-            code, and that of their refactored one): zeros behind the last row and column of the input, or of queries,
-            keys and values, which take part in attention.
+            without padding; the one to use with masks. "padded_input" and "padded_projection" are the authors' ways
+            (`auto_pad` of their first code, and that of their refactored one): zeros behind the last row and column of
+            the input, or of queries, keys and values, which take part in attention.
         backend: of `coterie.ops.grouped_attention`.
     """
 

@@ -25,9 +25,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, Mlp, register_notrace_module, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, named_apply
+from timm.models import named_apply
 from torch import Tensor, nn
 
 from coterie.attention import BiLevelRoutingAttention
@@ -36,7 +35,6 @@ from coterie.layers.layout import to_grid
 from coterie.layers.padding import batch_norm, strided, zero_padding
 from coterie.models._checks import check_count, check_pyramid
 from coterie.models._pyramid import Pyramid, PyramidStage
-from coterie.models._registry import register_vision_model
 
 __all__ = ["BiFormer", "BiFormerBlock", "BiFormerStage"]
 
@@ -397,72 +395,3 @@ def _init_weights(module: nn.Module, name: str = "") -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2303.08810",
-        "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "biformer_tiny": _cfg(),
-        "biformer_small": _cfg(),
-        "biformer_base": _cfg(),
-        "biformer_stl": _cfg(first_conv="stem.conv"),
-    }
-)
-
-
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    for unused in ("img_size", "dynamic_img_size"):  # nothing is built for one size
-        kwargs.pop(unused, None)
-    feature_cfg = {"out_indices": tuple(range(len(kwargs["dims"]))), "flatten_sequential": True}
-    return build_model_with_cfg(BiFormer, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
-
-
-_NARROW: dict[str, Any] = {"dims": (64, 128, 256, 512), "num_heads": (2, 4, 8, 8)}
-_WIDE: dict[str, Any] = {"dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 8)}
-
-
-@register_vision_model
-def biformer_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """BiFormer-T: 13,142,760 parameters, 2.216 GMACs at 224 x 224; as the released weights have been trained."""
-    return _create("biformer_tiny", pretrained, **{**_NARROW, "depths": (2, 2, 8, 2), **kwargs})
-
-
-@register_vision_model
-def biformer_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """BiFormer-S: 25,536,232 parameters, 4.464 GMACs at 224 x 224; as the released weights have been trained."""
-    return _create("biformer_small", pretrained, **{**_NARROW, "depths": (4, 4, 18, 4), **kwargs})
-
-
-@register_vision_model
-def biformer_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """BiFormer-B: 56,804,968 parameters, 9.759 GMACs at 224 x 224; as the released weights have been trained."""
-    return _create("biformer_base", pretrained, **{**_WIDE, "depths": (4, 4, 18, 4), **kwargs})
-
-
-@register_vision_model
-def biformer_stl(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """BiFormer-STL, in Swin-T's layout: 28,372,552 parameters, 4.574 GMACs at 224 x 224; as its weights were trained.
-
-    For the weights of the authors' refactored code ("biformer_stl_nchw"): `global_lepe_of="value"`, and at sizes that
-    are no multiples of 112 `uneven="padded_projection"`.
-    """
-    args = {**_WIDE, "depths": (2, 2, 6, 2), "layout": "swin", "mlp_ratio": 4.0}
-    return _create("biformer_stl", pretrained, **{**args, **kwargs})
