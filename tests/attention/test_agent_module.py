@@ -1,4 +1,4 @@
-"""Agent attention beyond the common contract: what the formula promises, biases at other sizes, use without training."""
+"""Agent attention beyond the common contract: what the formula promises, biases at other sizes, no training."""
 
 import json
 from pathlib import Path

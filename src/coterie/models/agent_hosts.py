@@ -19,6 +19,7 @@ from timm.layers import DropPath, Mlp, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from coterie.attention import AgentAttention, GridAttention, ShiftedWindowAttention
+from coterie.layers.by_rows import by_rows
 from coterie.layers.layout import to_grid
 from coterie.layers.padding import zero_padding
 from coterie.models._checks import check_count
@@ -97,6 +98,9 @@ class HostBlock(nn.Module):
     ) -> Float[Tensor, "batch height width dim"]:
         """Apply the block. With a mask (True = a real token) padding changes nothing at the other tokens."""
         x = x + self.drop_path(self.attn(self.norm1(x), mask=mask))
+        return by_rows(self, self._fed_forward, x)
+
+    def _fed_forward(self, x: Float[Tensor, "*grid dim"]) -> Float[Tensor, "*grid dim"]:
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
