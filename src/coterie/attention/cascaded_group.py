@@ -127,7 +127,7 @@ class CascadedGroupAttention(GridAttention):
                 scale=self.scale,
                 backend=self.backend,
             )
-            y = self._projected(y.permute(0, 3, 1, 2), mask).permute(0, 2, 3, 1)
+            y = self._projected_like(x, y, mask)
         else:
             y = self._by_head(x, mask, window, outside)
         return self.proj_drop(y)
@@ -172,17 +172,26 @@ class CascadedGroupAttention(GridAttention):
         if any(spare):
             x = F.pad(x, (0, 0, *spare))
         windows = Windows((x.shape[1], x.shape[2]), window, (0, 0))
+        if windows.grid == window:  # a map as it is, in whatever memory layout
+            return self._heads(x.permute(0, 3, 1, 2), mask).permute(0, 2, 3, 1)[:, :rows, :columns]
         real = None
         if mask is not None:
             real = windows.split(mask.unsqueeze(-1), 1).flatten(0, 1).squeeze(-1).unflatten(1, window)
-        maps = windows.split(x, 1).flatten(0, 1).unflatten(1, window).permute(0, 3, 1, 2)
-        biases = bias_of_pairs(self.attention_biases, window)
+        y = self._heads(windows.split(x, 1).flatten(0, 1).unflatten(1, window).permute(0, 3, 1, 2), real)
+        return windows.join(y.flatten(2).transpose(1, 2).unflatten(0, (len(x), -1)), 1)[:, :rows, :columns]
+
+    def _heads(
+        self,
+        x: Float[Tensor, "windows dim rows columns"],
+        real: Bool[Tensor, "windows rows columns"] | None,
+    ) -> Float[Tensor, "windows dim rows columns"]:
+        """Attention and output projection inside windows; statistics include zeros that take part."""
+        biases = bias_of_pairs(self.attention_biases, (x.shape[2], x.shape[3]))
         outputs: list[Tensor] = []
-        for head, part in enumerate(maps.chunk(self.num_heads, 1)):
+        for head, part in enumerate(x.chunk(self.num_heads, 1)):
             f = part if not outputs else part + outputs[-1]
             outputs.append(self._head(head, f, biases[head], real))
-        y = self._projected(torch.cat(outputs, 1), real)  # its statistics include zeros that take part
-        return windows.join(y.flatten(2).transpose(1, 2).unflatten(0, (len(x), -1)), 1)[:, :rows, :columns]
+        return self._projected(torch.cat(outputs, 1), real)
 
     def _head(
         self,
@@ -220,6 +229,20 @@ class CascadedGroupAttention(GridAttention):
             return _apply(last, y, mask)
         weight, bias = _folded([last])
         return F.conv2d(y, weight[0], bias[0])
+
+    def _projected_like(
+        self,
+        x: Float[Tensor, "batch rows columns dim"],
+        y: Float[Tensor, "batch rows columns dim"],
+        mask: Bool[Tensor, "batch rows columns"] | None,
+    ) -> Float[Tensor, "batch rows columns dim"]:
+        """The projection of `y`, in the memory layout of `x` where that is a map: sums of the two are faster then."""
+        if x.is_contiguous() or not x.permute(0, 3, 1, 2).is_contiguous() or not _is_fixed(self.proj[1]):  # type: ignore[index]
+            return self._projected(y.permute(0, 3, 1, 2), mask).permute(0, 2, 3, 1)
+        weight, bias = _folded([self.proj[1]])  # type: ignore[index]
+        tokens = F.relu(y).flatten(1, 2).transpose(1, 2)
+        matrix = weight[0].flatten(1).expand(len(x), -1, -1)
+        return torch.baddbmm(bias[0].unsqueeze(1), matrix, tokens).unflatten(2, x.shape[1:3]).permute(0, 2, 3, 1)
 
     @property
     def qkv(self) -> nn.Module:  # type: ignore[override]

@@ -88,17 +88,20 @@ extern "C" int coterie_cascaded_group(const float* x, const float* weight, const
                 }
                 std::fill(absent + T, absent + Tp, NONE);
                 for (int head = 0; head < s.heads; ++head) {
-                    for (int t = 0; t < T; ++t) {  // this head's channels of the window, plus what the head before made of its own
-                        const i64 r = top + t / s.w, c = left + t % s.w;
-                        float* to = f + t * s.d;
-                        if (head) std::copy(out + t * s.d, out + t * s.d + s.d, to);
-                        else std::fill(to, to + s.d, 0.0f);
-                        if (r >= s.H || c >= s.L) continue;
-                        const float* from = x + b * strides[0] + r * strides[1] + c * strides[2] + head * s.d * strides[3];
+                    // this head's channels of the window, plus what the head before made of its own
+                    if (head) std::copy(out, out + i64(T) * s.d, f);
+                    else std::fill(f, f + i64(T) * s.d, 0.0f);
+                    const float* corner = x + b * strides[0] + top * strides[1] + left * strides[2] + head * s.d * strides[3];
+                    const int high = int(std::min<i64>(s.h, s.H - top)), wide = int(std::min<i64>(s.w, s.L - left));
+                    for (int i = 0; i < high; ++i) {
+                        const float* row = corner + i * strides[1];
+                        float* to = f + i64(i) * s.w * s.d;
                         if (strides[3] == 1)
-                            for (int i = 0; i < s.d; ++i) to[i] += from[i];
-                        else
-                            for (int i = 0; i < s.d; ++i) to[i] += from[i * strides[3]];
+                            for (int j = 0; j < wide; ++j)
+                                for (int c = 0; c < s.d; c += W) at(to + j * s.d + c) += at(row + j * strides[2] + c);
+                        else  // a map: columns lie side by side
+                            for (int c = 0; c < s.d; ++c)
+                                for (int j = 0; j < wide; ++j) to[j * s.d + c] += row[j * strides[2] + c * strides[3]];
                     }
                     for (int t = 0; t < T; ++t) std::copy(bias + head * N, bias + (head + 1) * N, qkv + t * N);
                     multiply<float, true>(f, s.d, 1, weight + i64(head) * s.d * N, N, qkv, N, T, N, s.d);
