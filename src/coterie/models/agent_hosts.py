@@ -8,7 +8,7 @@ tables as the authors' loader does.
 """
 
 from collections.abc import Mapping, Sequence
-from math import isqrt
+from math import isqrt, prod
 from typing import Any
 
 import torch
@@ -24,10 +24,13 @@ from coterie.layers.layout import to_grid
 from coterie.layers.padding import zero_padding
 from coterie.models._checks import check_count
 from coterie.models._pyramid import Pyramid, PyramidStage
+from coterie.ops._dispatch import Call
+from coterie.ops._state import autocasting, exporting
+from coterie.ops.biased_group_attention import BIASED_GROUP_ATTENTION, biased_group_attention
 
 PATCH = 4
-for _kind in (AgentAttention, ShiftedWindowAttention):
-    register_notrace_module(_kind)  # torch.fx takes attention as one node: it looks at shapes and masks
+KERNEL_TOKENS = 256  # larger windows are left to scaled_dot_product_attention, which goes through keys in blocks
+register_notrace_module(AgentAttention)  # torch.fx takes attention as one node: it looks at shapes and masks
 
 
 @register_notrace_module  # looks at shapes and masks, which torch.fx cannot follow
@@ -68,6 +71,32 @@ class PatchStem(PatchConv):
     ) -> Float[Tensor, "batch dim rows columns"]:
         """As `PatchConv`, seen as a map."""
         return super().forward(x, mask).permute(0, 3, 1, 2)
+
+
+@register_notrace_module
+class WindowAttention(ShiftedWindowAttention):
+    """ "shifted_window" with its relative position bias; on the CPU by the kernel for groups of tokens, which takes
+    queries, keys and values where they lie: no window is cut out, padded or put back."""
+
+    def mix(
+        self,
+        x: Float[Tensor, "batch height width dim"],
+        context: Tensor | None,
+        *,
+        mask: Bool[Tensor, "batch height width"] | None,
+        is_causal: bool,
+    ) -> Float[Tensor, "batch height width dim"]:
+        windows = self.windows((x.shape[1], x.shape[2]))
+        call = Call(x.device.type, x.dtype, self.head_dim, exporting=exporting() or autocasting(x.device.type))
+        if prod(windows.window) > KERNEL_TOKENS or BIASED_GROUP_ATTENTION.choose("auto", call) != "cpu":
+            return super().mix(x, context, mask=mask, is_causal=is_causal)
+        _, tokens, ragged = windows.groups(x.device)
+        if ragged:  # places without a token
+            tokens = tokens.masked_fill(tokens >= prod(windows.grid), -1)
+        qkv = self.qkv(x).view(len(x), -1, 3, self.num_heads, self.head_dim)
+        key_mask = None if mask is None else mask.flatten(1)
+        y = biased_group_attention(qkv, tokens, self._bias(windows), key_mask=key_mask, scale=self.scale)
+        return self.proj_drop(self.proj(y.view(x.shape)))
 
 
 class HostBlock(nn.Module):

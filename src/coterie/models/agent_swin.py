@@ -28,7 +28,7 @@ from timm.layers import ClassifierHead, register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, named_apply
 from torch import Tensor, nn
 
-from coterie.attention import AgentAttention, GridAttention, ShiftedWindowAttention
+from coterie.attention import AgentAttention, GridAttention
 from coterie.layers.layout import to_grid
 from coterie.layers.padding import zero_padding
 from coterie.models._checks import check_pyramid
@@ -39,6 +39,7 @@ from coterie.models.agent_hosts import (
     HostBlock,
     HostStage,
     PatchStem,
+    WindowAttention,
     drop_path_rates,
     grids_of,
     init_weights,
@@ -144,7 +145,7 @@ class AgentSwin(AgentPyramid):
                     attn = AgentAttention(dim, heads, agents=sides[index], repeat=True, bias_size=grid, dwc=True, **dd)
                 else:
                     size = min(window, *grid)
-                    attn = ShiftedWindowAttention(
+                    attn = WindowAttention(
                         dim, heads, window_size=size, block_index=number, relative_position_bias=True, **dd
                     )
                 blocks.append(HostBlock(attn, mlp_ratio=mlp_ratio, drop_path=rate, eps=1e-5, **dd))
