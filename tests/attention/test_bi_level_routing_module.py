@@ -74,6 +74,18 @@ def test_groups_of_gives_the_regions_of_forward():
     torch.testing.assert_close(m(x), m.proj(y))
 
 
+@pytest.mark.parametrize("uneven", ["balanced", "padded_input", "padded_projection"])
+def test_groups_of_names_only_tokens_that_exist(uneven):
+    m, x = make(uneven=uneven), tokens(1, 7, 8)
+    assignment, selected = m.groups_of(x)
+    assert assignment.shape == (1, HEADS, 56)
+    assert 0 <= int(selected.min()) <= int(selected.max()) < 56
+    regions = assignment[0, 0][selected[0, 0]]  # all tokens of two regions, and nothing else
+    for row, keys in zip(regions, selected[0, 0], strict=True):
+        assert row.unique().numel() == 2
+        assert torch.equal(keys.unique(), torch.isin(assignment[0, 0], row).nonzero()[:, 0])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

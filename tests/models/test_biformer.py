@@ -74,11 +74,7 @@ def watch_choices(model):
 
     def look(module, inputs):
         assignment, selected = (x[0, 0] for x in module.groups_of(inputs[0]))
-        tokens = assignment.numel()
-        region = torch.cat([assignment, assignment.new_full((int(selected.max()) + 1,), -1)])
-        chosen = region[selected]
-        first = [row[(selected[i] < tokens) & (row >= 0)].unique() for i, row in enumerate(chosen)]
-        choices.append(golden.choice(torch.stack(first)))
+        choices.append(golden.choice(torch.stack([row.unique() for row in assignment[selected]])))
 
     for module in model.modules():
         if isinstance(module, BiLevelRoutingAttention) and module.regions > 1:

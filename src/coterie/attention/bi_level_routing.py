@@ -133,14 +133,23 @@ class BiLevelRoutingAttention(GridAttention):
 
         Returns:
             assignment (batch, heads, tokens) int64, the region of each token, and selected (batch, heads, regions^2,
-            keys) int64, the tokens of its chosen regions; see `coterie.ops.region_routing`.
+            keys) int64, the tokens of its chosen regions; where these are of different sizes, a row is filled up with
+            its first token. The authors' zeros are left out.
         """
         self.check(x, context, mask=mask)
+        rows, columns = x.shape[1:3]
         with torch.no_grad():
             x, mask = self._padded(x, mask)
             query, key, _ = self.project(x)
             key_mask = None if mask is None else mask.flatten(1)
-            return region_routing(query, key, (x.shape[1], x.shape[2]), key_mask=key_mask, **self._routing())
+            grid = (x.shape[1], x.shape[2])
+            assignment, selected = region_routing(query, key, grid, key_mask=key_mask, **self._routing())
+            row, column = selected // grid[1], selected % grid[1]
+            real = (selected < grid[0] * grid[1]) & (row < rows) & (column < columns)
+            selected = (row * columns + column).clamp(max=rows * columns - 1)
+            first = selected.gather(-1, real.int().argmax(-1, keepdim=True))
+            cropped = assignment.unflatten(2, grid)[:, :, :rows, :columns].flatten(2)
+            return cropped, torch.where(real, selected, first)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, regions={self.regions}, top_k={self.top_k}"
