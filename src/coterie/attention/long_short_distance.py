@@ -261,10 +261,10 @@ class LongShortDistanceAttention(GridAttention):
     def _goes_by_extent(self, grid: tuple[int, ...]) -> bool:
         """Whether padding could make this block cut the image in it differently: then its extent is looked at."""
         sizes, intervals = self._along(grid)
-        if self.small_grids == "shorter_side" and any(n > size for n, size in zip(grid, sizes)):
+        if self.small_grids == "shorter_side":
             return True
-        fixed = self.interval is not None and max(intervals) == 1
-        return self.long_distance and not fixed and any(n > size for n, size in zip(grid, sizes))
+        one_kind = not self.long_distance or (self.interval is not None and max(intervals) == 1)
+        return not one_kind and any(n > size for n, size in zip(grid, sizes))
 
     def _in_groups(
         self, x: Float[Tensor, "batch *grid dim"], mask: Bool[Tensor, " batch *grid"] | None, groups: Groups
