@@ -201,6 +201,6 @@ def test_bad_arguments_of_the_operation():
     ]:
         with pytest.raises(ValueError, match=text):
             cascaded_group_attention(*{**good, **change}.values(), window=window)
+    narrow = {**good, "x": torch.zeros(1, 4, 4, 16), "weight": torch.zeros(2, 40, 8), "bias": torch.zeros(2, 40)}
     with pytest.raises(ValueError, match="it takes multiples of 16 channels of a head's query and value, got 8"):
-        narrow = {**good, "x": torch.zeros(1, 4, 4, 16), "weight": torch.zeros(2, 40, 8), "bias": torch.zeros(2, 40)}
         cascaded_group_attention(*narrow.values(), window=(4, 4), backend="cpu")

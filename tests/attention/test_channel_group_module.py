@@ -1,4 +1,4 @@
-"""Channel group attention: equal to timm's modules on shared weights, in both forms, and the properties of the paper."""
+"""Channel group attention: equal to timm's modules on shared weights, in both forms; the paper's properties."""
 
 import pytest
 import torch
@@ -102,7 +102,7 @@ def test_logits_are_summed_in_float32_in_half_precision():
     x = tokens(1, 400, 32).bfloat16()
     reference = exact.maps(x.double())
     assert (half.maps(x) - reference).abs().max() < 0.02
-    query, key, value = half._split(half.qkv(x), 3)
+    _, key, value = half._split(half.qkv(x), 3)
     rounded = (key * half.scale).transpose(-1, -2) @ value  # as it would be all in bfloat16
     assert (half.maps(x) - reference).abs().mean() < (rounded.softmax(-1) - reference).abs().mean()
     with torch.autocast("cpu", dtype=torch.bfloat16):
