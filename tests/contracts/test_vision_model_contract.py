@@ -22,6 +22,7 @@ SMALL: dict[str, dict] = {
     "dgt_pico": {},
     "dgt_": _NARROW,
     "biformer_": {**_NARROW, "regions": (4, 4, 2, 1)},
+    "agent_cswin": {**_NARROW, "img_size": 48, "agents": (3, 2, 2, 2), "stripe_width": 2},
     "agent_pvt": {**_NARROW, "img_size": 48, "agents": (3, 2, 2, 1)},
     "agent_swin": {**_NARROW, "img_size": 48, "agents": (3, 2, 2, 2), "agent_blocks": (1, 1, 1, 0)},
     "litv2_": _NARROW,

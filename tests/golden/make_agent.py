@@ -67,6 +67,7 @@ CASES = {
     "pvt_tiny_160": ("agent_pvt_tiny", 160, 224),
     "deit_tiny_224": ("agent_deit_tiny", 224, None),
     "deit_tiny_144": ("agent_deit_tiny", 144, 224),
+    "cswin_tiny_224": ("agent_cswin_tiny", 224, None),
 }
 
 

@@ -184,6 +184,9 @@ class AgentAttention(GridAttention):
         prefix = self.prefix_tokens
         maps = value[:, prefix:].unflatten(1, grid).permute(0, 3, 1, 2)
         local = self.dwc(maps).permute(0, 2, 3, 1).flatten(1, 2)
+        if not torch.is_grad_enabled():
+            y[:, prefix:] += local  # y is attention's own output, which nobody else sees
+            return y
         return y + local if not prefix else torch.cat([y[:, :prefix], y[:, prefix:] + local], 1)
 
 

@@ -1,5 +1,6 @@
 """The architectures. Importing this package registers the vision models with timm, for `timm.create_model`."""
 
+from coterie.models import agent_cswin as agent_cswin  # registers them
 from coterie.models import agent_deit as agent_deit  # registers them
 from coterie.models import agent_pvt as agent_pvt  # registers them
 from coterie.models import agent_swin as agent_swin  # registers them

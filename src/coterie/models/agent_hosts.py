@@ -133,6 +133,16 @@ class HostBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+class Begin(nn.Module):
+    """What the first stage has in place of merging: the stem's map as a token grid."""
+
+    def forward(
+        self, x: Float[Tensor, "batch dim height width"], mask: Tensor | None = None
+    ) -> Float[Tensor, "batch height width dim"]:
+        """The same numbers, seen as tokens."""
+        return to_grid(x)
+
+
 class HostStage(PyramidStage):
     """What makes the map coarser, then blocks.
 

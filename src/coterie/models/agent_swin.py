@@ -36,6 +36,7 @@ from coterie.models._registry import register_vision_model
 from coterie.models.agent_hosts import (
     PATCH,
     AgentPyramid,
+    Begin,
     HostBlock,
     HostStage,
     PatchStem,
@@ -50,16 +51,6 @@ from coterie.models.agent_hosts import (
 __all__ = ["AgentSwin"]
 
 SMALLEST_WINDOW = 7
-
-
-class Begin(nn.Module):
-    """What the first stage has in place of merging: the stem's map as a token grid."""
-
-    def forward(
-        self, x: Float[Tensor, "batch dim height width"], mask: Tensor | None = None
-    ) -> Float[Tensor, "batch height width dim"]:
-        """The same numbers, seen as tokens."""
-        return to_grid(x)
 
 
 @register_notrace_module  # looks at shapes and masks, which torch.fx cannot follow
