@@ -5,7 +5,14 @@ import itertools
 import pytest
 import torch
 
-from coterie.attention import CrossShapedWindowAttention, GlobalAttention, ShiftedWindowAttention
+from coterie.attention import CrossShapedWindowAttention, GlobalAttention, ShiftedWindowAttention, _windows
+
+
+@pytest.fixture(params=["groups", "cut out"])
+def way(request, monkeypatch):
+    """Windows as groups of queries for the CPU's kernel, or cut out of the grid as on other devices."""
+    monkeypatch.setattr(_windows, "_grouped_is_faster", lambda *_: request.param == "groups")
+    return request.param
 
 
 def tokens(*shape, seed=1):
@@ -38,6 +45,7 @@ def together(grid, number):
     ("grid", "window"),
     [((8, 8), 4), ((7, 10), 4), ((5, 3), 4), ((9,), 4), ((3, 5, 4), 2), ((6, 7), (2, 3)), ((1, 1), 7)],
 )
+@pytest.mark.usefixtures("way")
 def test_shifted_windows_are_the_brute_force_ones(grid, window, block_index, similarity):
     torch.manual_seed(0)
     m = ShiftedWindowAttention(8, 2, window_size=window, block_index=block_index, similarity=similarity).double()
@@ -53,6 +61,7 @@ def test_shifted_windows_are_the_brute_force_ones(grid, window, block_index, sim
 @pytest.mark.parametrize("grid", [(8, 8), (7, 10), (3, 9)])
 @pytest.mark.parametrize("stripe_width", [1, 3])
 @pytest.mark.parametrize("heads", [1, 2, 3])
+@pytest.mark.usefixtures("way")
 def test_cross_shaped_windows_are_the_brute_force_ones(grid, stripe_width, heads):
     torch.manual_seed(0)
     m = CrossShapedWindowAttention(12, heads, stripe_width=stripe_width).double()
@@ -64,6 +73,46 @@ def test_cross_shaped_windows_are_the_brute_force_ones(grid, stripe_width, heads
     torch.testing.assert_close(m(x), dense(m, x, same)[0])
     mask = torch.rand(2, *grid, generator=torch.Generator().manual_seed(2)) > 0.4
     torch.testing.assert_close(m(x, mask=mask), dense(m, x, same, mask)[0])
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("block_index", [0, 1])
+@pytest.mark.parametrize(
+    ("grid", "window"), [((7, 10), 4), ((3, 3), 4), ((8, 8), 4), ((5,), 3), ((3, 4, 5), (2, 4, 3))]
+)
+def test_padding_of_the_input_takes_part_on_demand(grid, window, block_index, masked):
+    """The authors' way: as on a larger grid whose further tokens are zeros and real."""
+    torch.manual_seed(0)
+    options = {"window_size": window, "block_index": block_index}
+    m = ShiftedWindowAttention(8, 2, uneven="padded_input", **options).double()
+    plain = ShiftedWindowAttention(8, 2, **options).double()
+    plain.load_state_dict(m.state_dict())
+    sizes = window if isinstance(window, tuple) else (window,) * len(grid)
+    larger = [-(-n // w) * w for n, w in zip(grid, sizes, strict=True)]
+    inside = tuple(slice(0, n) for n in grid)
+    x = tokens(2, *grid, 8)
+    padded = x.new_zeros(2, *larger, 8)
+    padded[:, *inside] = x
+    mask = wide = None
+    if masked:
+        mask = torch.rand(2, *grid, generator=torch.Generator().manual_seed(2)) > 0.4
+        wide = torch.ones(2, *larger, dtype=torch.bool)
+        wide[:, *inside] = mask
+    torch.testing.assert_close(m(x, mask=mask), plain(padded, mask=wide)[:, *inside])
+    assert torch.allclose(m(x), plain(x)) == (tuple(larger) == grid)
+
+
+def test_windows_as_groups_have_the_gradients_of_windows_cut_out(monkeypatch):
+    gradients = []
+    for grouped in (True, False):
+        monkeypatch.setattr(_windows, "_grouped_is_faster", lambda *_, grouped=grouped: grouped)
+        torch.manual_seed(0)
+        m = ShiftedWindowAttention(8, 2, window_size=3, block_index=1).double()
+        x = tokens(2, 7, 8, 8).requires_grad_()
+        (m(x) * tokens(2, 7, 8, 8, seed=3)).sum().backward()
+        gradients.append([x.grad, *(p.grad for p in m.parameters())])
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_a_single_head_alternates_between_rows_and_columns():
@@ -150,6 +199,7 @@ def _without(m, x):
         (ShiftedWindowAttention, {"window_size": (2, 2, 2, 2)}, "window_size must be one number, or one per axis"),
         (ShiftedWindowAttention, {"window_size": 4, "shift_size": 4}, "shift_size must be smaller than window_size"),
         (ShiftedWindowAttention, {"window_size": (4, 4), "shift_size": (1, 1, 1)}, "shift_size must have as many axes"),
+        (ShiftedWindowAttention, {"uneven": "cut"}, "uneven must be one of 'masked', 'padded_input', got 'cut'"),
         (ShiftedWindowAttention, {"block_index": -1}, "block_index must be at least 0"),
         (CrossShapedWindowAttention, {"stripe_width": 0}, "stripe_width must be at least 1"),
         (CrossShapedWindowAttention, {"block_index": -1}, "block_index must be at least 0"),
