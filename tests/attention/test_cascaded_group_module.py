@@ -1,5 +1,8 @@
 """Cascaded group attention: equal to timm's on shared weights, in inference and training, with either padding."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from coterie.attention import CascadedGroupAttention
 from coterie.ops.cascaded_group import cascaded_group_attention
-from coterie.testing import generated_weights
+from coterie.testing import generated_tensor, generated_weights
 
 
 def weighted(m, seed=1):
@@ -50,6 +53,24 @@ def test_it_is_timms_module(grid, window, train):
     torch.testing.assert_close(ours(x), of_map(theirs, x), rtol=1e-12, atol=1e-12)
     for name, value in theirs.attn.state_dict().items():  # running statistics, which padding enters as there
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["windows", "small"])
+def test_it_gives_the_figures_of_the_authors_code(name):
+    """A map of 9 x 9 in windows of 7, whose padding takes part there, and one of 4 x 4."""
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "efficientvit" / f"{name}.json").read_text())
+    side, dim = golden["side"], len(golden["output"])
+    options = {"kernels": (7, 5, 3, 3), "window_size": min(7, side), "uneven": "padded_input"}
+    m = CascadedGroupAttention(dim, golden["heads"], **options).double().eval()
+    weights = generated_weights(golden["shapes"].items(), golden["seed"])
+    weights = {
+        n.replace(".c.", ".conv."): t.abs() + 0.5 if n.endswith("running_var") else t for n, t in weights.items()
+    }
+    m.load_state_dict(weights, strict=False)
+    assert {n for n, t in m.state_dict().items() if t.is_floating_point()} == set(weights)
+    x = generated_tensor("x", (1, dim, side, side), golden["seed"]).permute(0, 2, 3, 1)
+    y = m(x)[0].permute(2, 0, 1).flatten(1)[:, :: golden["every"]]
+    torch.testing.assert_close(y, torch.tensor(golden["output"], dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -1,13 +1,17 @@
 """Channel group attention: equal to timm's modules on shared weights, in both forms; the paper's properties."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from timm.models.davit import ChannelAttention, ChannelAttentionV2
 from torch import nn
 
 from coterie.attention import ChannelGroupAttention
-from coterie.testing import generated_weights
+from coterie.testing import generated_tensor, generated_weights
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "davit"
 FORMS = ["projected", "composed"]
 
 
@@ -132,3 +136,12 @@ def test_auto_takes_the_composed_form_for_many_tokens_and_plain_projections():
 def test_bad_options(options, text):
     with pytest.raises(ValueError, match=text):
         ChannelGroupAttention(8, 2, **options)
+
+
+def test_it_gives_the_figures_of_the_authors_code():
+    golden = json.loads((GOLDEN / "channel.json").read_text())
+    m = ChannelGroupAttention(12, golden["heads"]).double()
+    m.load_state_dict(generated_weights(golden["shapes"].items(), golden["seed"]))
+    x = generated_tensor("x", (1, *golden["grid"], 12), golden["seed"])
+    expected = torch.tensor(golden["output"], dtype=torch.float64)
+    torch.testing.assert_close(m(x).flatten(0, 2), expected, rtol=1e-10, atol=1e-11)

@@ -1,11 +1,14 @@
 """Shifted and cross-shaped windows against a brute-force mask of window membership, in float64, on odd grids too."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from coterie.attention import CrossShapedWindowAttention, GlobalAttention, ShiftedWindowAttention, _windows
+from coterie.testing import generated_tensor, generated_weights
 
 
 @pytest.fixture(params=["groups", "cut out"])
@@ -113,6 +116,19 @@ def test_windows_as_groups_have_the_gradients_of_windows_cut_out(monkeypatch):
         (m(x) * tokens(2, 7, 8, 8, seed=3)).sum().backward()
         gradients.append([x.grad, *(p.grad for p in m.parameters())])
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.usefixtures("way")
+def test_davits_windows_are_those_of_the_authors_code():
+    """A grid of 9 x 12 in windows of 7: their padding takes part."""
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "davit" / "window.json").read_text())
+    m = ShiftedWindowAttention(8, golden["heads"], window_size=7, uneven="padded_input").double()
+    m.load_state_dict(generated_weights(golden["shapes"].items(), golden["seed"]))
+    x = generated_tensor("x", (1, *golden["grid"], 8), golden["seed"])
+    expected = torch.tensor(golden["output"], dtype=torch.float64)
+    torch.testing.assert_close(m(x).flatten(0, 2), expected, rtol=1e-10, atol=1e-11)
+    m.uneven = "masked"
+    assert not torch.allclose(m(x).flatten(0, 2), expected)
 
 
 def test_a_single_head_alternates_between_rows_and_columns():
