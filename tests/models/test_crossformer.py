@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,17 +52,26 @@ def small(name="crossformer_pp_small", seed=0, **options):
     return create_model(name, **{**NARROW, **SMALL_GROUPS, **options})
 
 
+@cache
+def meta_model(variant):
+    """A model without memory, for tests that look at names and shapes."""
+    return create_model(f"crossformer_{variant}", device="meta")
+
+
 @pytest.mark.parametrize("variant", PUBLISHED)
-def test_parameters_and_arithmetic_are_the_published_ones(variant):
-    parameters, gmacs = PUBLISHED[variant]
+def test_parameters_are_the_published_ones(variant):
+    assert sum(p.numel() for p in meta_model(variant).parameters()) == PUBLISHED[variant][0]
+
+
+@pytest.mark.parametrize("variant", ["tiny", "large", "pp_small"])
+def test_arithmetic_is_the_published_one(variant):
     model = create_model(f"crossformer_{variant}", device="meta").eval()
-    assert sum(p.numel() for p in model.parameters()) == parameters
     for module in model.modules():  # inference computes position biases once, so they are no part of a forward pass
         if hasattr(module, "pos"):
             module.pos = None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, 224, 224, device="meta"))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=0.008)  # the published ones count norms too
+    assert counter.get_total_flops() / 2e9 == pytest.approx(PUBLISHED[variant][1], rel=0.008)  # those count norms too
 
 
 def golden_model(case, **options):
@@ -121,7 +131,7 @@ def test_every_published_checkpoint_finds_its_place(variant, age, tmp_path):
     shapes = authors_keys(age, variant)
     checkpoint = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}  # a file of a few kilobytes
     torch.save({"model": checkpoint}, tmp_path / "authors.pth")
-    model = create_model(f"crossformer_{variant}", device="meta")
+    model = meta_model(variant)
     loaded = load_authors_checkpoint(model, tmp_path / "authors.pth")
     assert loaded.used == len(list(model.parameters()))
     assert len(loaded.dropped) == len(shapes) - loaded.used
@@ -140,7 +150,7 @@ def test_another_variants_checkpoint_is_one_error_that_names_both_sides(tmp_path
         ("pp_base", "parameters stay empty"),
     ]:
         with pytest.raises(ValueError, match=f"small.pth: not a checkpoint of this CrossFormer: .*{text}"):
-            load_authors_checkpoint(create_model(f"crossformer_{variant}", device="meta"), tmp_path / "small.pth")
+            load_authors_checkpoint(meta_model(variant), tmp_path / "small.pth")
     model = create_model("crossformer_small", device="meta", num_classes=5)
     with pytest.raises(ValueError, match=r"head.fc.weight has shape \(1000, 768\) in the file and \(5, 768\)"):
         load_authors_checkpoint(model, tmp_path / "small.pth")
@@ -159,7 +169,7 @@ def test_a_checkpoint_is_loaded_value_by_value(tmp_path):
 
 
 def test_parts_are_where_the_papers_have_them():
-    model = create_model("crossformer_pp_huge", device="meta")
+    model = meta_model("pp_huge")
     assert [proj.out_channels for proj in model.stem.projs] == [64, 32, 16, 16]
     assert [proj.kernel_size[0] for proj in model.stem.projs] == [4, 8, 16, 32]
     assert [proj.padding[0] for proj in model.stem.projs] == [0, 2, 6, 14]
@@ -167,7 +177,7 @@ def test_parts_are_where_the_papers_have_them():
     assert cooled == [[2], [2], [2, 5, 8, 11, 14], []]  # after every third block, but not the last of a stage
     kinds = [[block.attn.long_distance for block in stage.blocks] for stage in model.stages]
     assert kinds == [[i % 2 == 1 for i in range(depth)] for depth in (6, 6, 18, 2)]
-    plain = create_model("crossformer_tiny", device="meta")
+    plain = meta_model("tiny")
     assert all(block.cooling is None for stage in plain.stages for block in stage.blocks)
     hidden = plain.stages[0].blocks[0].attn.pos.pos_proj.out_features
     assert hidden == 64 // 16
@@ -243,11 +253,12 @@ def test_large_kernels_in_cells_are_the_same_convolutions():
 
 
 def test_it_compiles_and_runs_in_bfloat16():
-    model, x = small().eval(), images(40, 56).float()
+    model, x = small(depths=(2, 1, 1, 1)).eval(), images(40, 56).float()
     with torch.no_grad():
         expected = model(x)
         torch._dynamo.reset()
-        torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), expected, rtol=1e-4, atol=1e-5)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             torch.testing.assert_close(model(x).float(), expected, rtol=0.1, atol=0.1)
     assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
