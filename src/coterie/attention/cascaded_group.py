@@ -178,7 +178,8 @@ class CascadedGroupAttention(GridAttention):
         if mask is not None:
             real = windows.split(mask.unsqueeze(-1), 1).flatten(0, 1).squeeze(-1).unflatten(1, window)
         y = self._heads(windows.split(x, 1).flatten(0, 1).unflatten(1, window).permute(0, 3, 1, 2), real)
-        return windows.join(y.flatten(2).transpose(1, 2).unflatten(0, (len(x), -1)), 1)[:, :rows, :columns]
+        y = windows.join(y.flatten(2).transpose(1, 2).unflatten(0, (len(x), -1)), 1)
+        return y[:, :rows, :columns].contiguous()  # a sum with a cut-out is slow, and its gradient too
 
     def _heads(
         self,
