@@ -129,7 +129,7 @@ def look(model: nn.Module, image: Tensor) -> tuple[list[StageGroups], Tensor]:
         for (name, module, x, mask), (stage, block) in zip(seen, places, strict=True):
             grid, prefix = _grid_of(x, height, width, name, model)
             groups_of = cast(Callable[..., tuple[Tensor, Tensor]], module.groups_of)
-            assignment, selected = groups_of(x) if mask is None else groups_of(x, mask)
+            assignment, selected = groups_of(x, mask=mask)
             groups = selected.shape[2]
             for head in range(assignment.shape[1]):
                 own = assignment[0, head].cpu().numpy()

@@ -51,12 +51,26 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     return build_model_with_cfg(DynamicGroupTransformer, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
-# What the rival mechanisms are given in the paper's networks: stripe widths of CSWin; windows are 7 x 7 by themselves.
+# What the rival mechanisms are given in the paper's networks, each by its own paper; windows are 7 x 7 by themselves.
 _PAPER: dict[str, Sequence[Options]] = {
+    "bi_level_routing": (
+        {"regions": 7, "top_k": 1},
+        {"regions": 7, "top_k": 4},
+        {"regions": 7, "top_k": 16},
+        {"regions": 1, "top_k": 1},
+    ),
+    "hilo": ({"window_size": 8}, {"window_size": 4}, {"window_size": 2}, {"window_size": 1}),
     "cross_shaped_window": ({"stripe_width": 1}, {"stripe_width": 2}, {"stripe_width": 7}, {"stripe_width": 7}),
 }
 # For 32 x 32 images, whose grids have 16, 8, 4 and 2 tokens a side: each query sees about 32, 16, 16 and 4 keys.
 _SMALL_IMAGES: dict[str, Sequence[Options]] = {
+    "bi_level_routing": (
+        {"regions": 4, "top_k": 2},
+        {"regions": 4, "top_k": 4},
+        {"regions": 2, "top_k": 4},
+        {"regions": 1, "top_k": 1},
+    ),
+    "hilo": ({"window_size": 2}, {"window_size": 2}, {"window_size": 1}, {"window_size": 1}),
     "dynamic_group": (
         {"groups": 16, "top_k": 32},
         {"groups": 8, "top_k": 16},
