@@ -142,11 +142,11 @@ class Pyramid(nn.Module):
             x = stage(x, mask)
             mask = strided(mask, stage.stride)  # type: ignore[arg-type]  # every stage has a stride
             if index in wanted:
-                out = self.final_norm(x) if norm and index == last else x
+                out = self.final_norm(x, mask) if norm and index == last else x
                 intermediates.append(out if output_fmt == "NCHW" else to_grid(out))
         if intermediates_only:
             return intermediates
-        return (self.final_norm(x) if index == last else x), intermediates
+        return (self.final_norm(x, mask) if index == last else x), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -170,7 +170,9 @@ class Pyramid(nn.Module):
         """The last stage's feature map, normalised; `mask` as in `forward_intermediates`."""
         if mask is None:
             return self.final_norm(self.stages(self.stem(check_images(x, self.in_chans))))
-        return self.final_norm(self.forward_intermediates(x, 1, intermediates_only=True, mask=mask)[0])
+        features = self.forward_intermediates(x, 1, mask=mask)[0]
+        assert isinstance(features, Tensor)
+        return features
 
     def forward_head(
         self, x: Float[Tensor, "batch dim rows columns"], pre_logits: bool = False
@@ -182,6 +184,8 @@ class Pyramid(nn.Module):
         """Logits."""
         return self.forward_head(self.forward_features(x))
 
-    def final_norm(self, x: Float[Tensor, "batch dim rows columns"]) -> Float[Tensor, "batch dim rows columns"]:
-        """The norm after the last stage, on its map."""
+    def final_norm(
+        self, x: Float[Tensor, "batch dim rows columns"], mask: Bool[Tensor, "batch rows columns"] | None = None
+    ) -> Float[Tensor, "batch dim rows columns"]:
+        """The norm after the last stage, on its map; `mask` is for norms that look beyond a token."""
         return to_map(self.norm(to_grid(x)))

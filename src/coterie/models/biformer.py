@@ -288,19 +288,11 @@ class BiFormer(Pyramid):
         super().reset_classifier(num_classes, global_pool, reset_other)
         self.head_hidden_size = self.head.num_features
 
-    def forward_features(
-        self, x: Float[Tensor, "batch in_chans height width"], mask: Bool[Tensor, "batch height width"] | None = None
+    def final_norm(
+        self, x: Float[Tensor, "batch dim rows columns"], mask: Bool[Tensor, "batch rows columns"] | None = None
     ) -> Float[Tensor, "batch dim rows columns"]:
-        """The last stage's feature map, normalised; `mask` as in `forward_intermediates`."""
-        if mask is None or not isinstance(self.norm, nn.BatchNorm2d):
-            return super().forward_features(x, mask)
-        last = self.forward_intermediates(x, 1, intermediates_only=True, mask=mask)[0]
-        assert isinstance(last, Tensor)
-        return batch_norm(self.norm, last, strided(mask, 4 * 2 ** (len(self.stages) - 1)))
-
-    def final_norm(self, x: Float[Tensor, "batch dim rows columns"]) -> Float[Tensor, "batch dim rows columns"]:
-        """The batch normalisation after the last stage."""
-        return self.norm(x)
+        """The batch normalisation after the last stage, whose statistics are those of real tokens."""
+        return batch_norm(self.norm, x, mask) if isinstance(self.norm, nn.BatchNorm2d) else self.norm(x)
 
     def from_authors(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The authors' weights under the names here, for `coterie.models.load_authors_checkpoint`.
