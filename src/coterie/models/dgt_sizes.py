@@ -59,6 +59,7 @@ _PAPER: dict[str, Sequence[Options]] = {
         {"regions": 7, "top_k": 16},
         {"regions": 1, "top_k": 1},
     ),
+    "agent": ({"agents": 3}, {"agents": 4}, {"agents": 7}, {"agents": 7}),
     "hilo": ({"window_size": 8}, {"window_size": 4}, {"window_size": 2}, {"window_size": 1}),
     "cross_shaped_window": ({"stripe_width": 1}, {"stripe_width": 2}, {"stripe_width": 7}, {"stripe_width": 7}),
 }
@@ -70,6 +71,8 @@ _SMALL_IMAGES: dict[str, Sequence[Options]] = {
         {"regions": 2, "top_k": 4},
         {"regions": 1, "top_k": 1},
     ),
+    "agent": ({"agents": 4}, {"agents": 4}, {"agents": 3}, {"agents": 2}),
+    "long_short_distance": ({"group_size": 6}, {"group_size": 4}, {"group_size": 4}, {"group_size": 4}),
     "hilo": ({"window_size": 2}, {"window_size": 2}, {"window_size": 1}, {"window_size": 1}),
     "dynamic_group": (
         {"groups": 16, "top_k": 32},
