@@ -53,6 +53,7 @@ class ChannelGroupAttention(GridAttention):
 
     grid_dims: ClassVar[frozenset[int]] = frozenset({1, 2, 3})
     patterns: ClassVar[frozenset[str]] = frozenset({"bidirectional self"})
+    operation: ClassVar[str] = "matmul"
 
     def __init__(
         self,
