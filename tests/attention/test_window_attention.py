@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from coterie.attention import CrossShapedWindowAttention, GlobalAttention, ShiftedWindowAttention, _windows
+from coterie.ops._dispatch import Call
+from coterie.ops.biased_group_attention import BIASED_GROUP_ATTENTION
 from coterie.testing import generated_tensor, generated_weights
 
 
@@ -119,6 +121,25 @@ def test_windows_as_groups_have_the_gradients_of_windows_cut_out(monkeypatch):
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("block_index", [0, 1])
+def test_windows_with_a_bias_by_the_kernel_are_windows_cut_out(monkeypatch, block_index, masked):
+    m = ShiftedWindowAttention(8, 2, window_size=3, block_index=block_index, relative_position_bias=True).double()
+    mask = torch.rand(2, 7, 8, generator=torch.Generator().manual_seed(2)) > 0.3 if masked else None
+    asked, found = [], []
+    kernel_serves = ShiftedWindowAttention._kernel_serves
+    for way in (lambda *call: asked.append(kernel_serves(*call)) or asked[-1], lambda *_: False):
+        monkeypatch.setattr(ShiftedWindowAttention, "_kernel_serves", way)
+        m.zero_grad()
+        x = tokens(2, 7, 8, 8).requires_grad_()
+        y = m(x, mask=mask)
+        (y * tokens(*y.shape, seed=3)).sum().backward()
+        found.append([y, x.grad, *(parameter.grad for parameter in m.parameters())])
+    assert asked == [BIASED_GROUP_ATTENTION.explain(Call("cpu", torch.float64, 4)).chosen == "cpu"]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_davits_windows_are_those_of_the_authors_code():
     """A grid of 9 x 12 in windows of 7: their padding takes part."""
     golden = json.loads((Path(__file__).parents[1] / "golden" / "davit" / "window.json").read_text())

@@ -10,6 +10,7 @@ window covers does not shift, so a grid that fits into one window is cut differe
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from coterie.attention._windows import Windows, window_attention
+from coterie.attention._windows import GROUPED_TOKENS, Windows, window_attention
 from coterie.attention.base import GridAttention, check_choice, check_int, register_attention
+from coterie.ops._dispatch import Call
+from coterie.ops._state import autocasting, exporting
+from coterie.ops.biased_group_attention import BIASED_GROUP_ATTENTION, biased_group_attention
 
 UNEVEN = ("masked", "padded_input")
 
@@ -93,13 +97,42 @@ class ShiftedWindowAttention(GridAttention):
         grid = tuple(x.shape[1:-1])
         spare = [-size % window for size, window in zip(grid, self._along(grid)[0])]
         if self.uneven == "masked" or not any(spare):
-            return super().mix(x, context, mask=mask, is_causal=is_causal)
+            return self._in_windows(x, context, mask, is_causal)
         behind = [amount for size in reversed(spare) for amount in (0, size)]
         mask = None if mask is None else F.pad(mask, behind, value=True)
-        y = super().mix(F.pad(x, [0, 0, *behind]), context, mask=mask, is_causal=is_causal)
+        y = self._in_windows(F.pad(x, [0, 0, *behind]), context, mask, is_causal)
         for axis, size in enumerate(grid):
             y = y.narrow(1 + axis, 0, size)
         return y
+
+    def _in_windows(
+        self,
+        x: Float[Tensor, "batch *grid dim"],
+        context: Tensor | None,
+        mask: Bool[Tensor, " batch *grid"] | None,
+        is_causal: bool,
+    ) -> Float[Tensor, "batch *grid dim"]:
+        """Attention with its projections. With a bias, on the CPU, a kernel takes queries, keys and values where the
+        projection has left them: no window is cut out, padded or put back."""
+        windows = self.windows(tuple(x.shape[1:-1]))
+        if not self._kernel_serves(x, windows):
+            return super().mix(x, context, mask=mask, is_causal=is_causal)
+        _, tokens, ragged = windows.groups(x.device)
+        if ragged:  # places without a token
+            tokens = tokens.masked_fill(tokens >= prod(windows.grid), -1)
+        qkv = self.qkv(x).view(len(x), -1, 3, self.num_heads, self.head_dim)
+        key_mask = None if mask is None else mask.flatten(1)
+        y = biased_group_attention(qkv, tokens, self._bias(windows), key_mask=key_mask, scale=self.scale)
+        return self.proj_drop(self.proj(y.view(x.shape)))
+
+    def _kernel_serves(self, x: Tensor, windows: Windows) -> bool:
+        unchanged = all(isinstance(norm, nn.Identity) for norm in (self.q_norm, self.k_norm))
+        if self.relative_position_bias_table is None or self.similarity != "dot" or not unchanged:
+            return False
+        if prod(windows.window) > GROUPED_TOKENS:
+            return False
+        call = Call(x.device.type, x.dtype, self.head_dim, exporting=exporting() or autocasting(x.device.type))
+        return BIASED_GROUP_ATTENTION.choose("auto", call) == "cpu"
 
     def attend(
         self,

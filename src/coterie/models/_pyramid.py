@@ -56,12 +56,33 @@ class PyramidStage(nn.Module):
         return to_map(x)
 
 
+class AsGrid(nn.Module):
+    """What begins a stage that merges nothing: the stem's map, seen as a token grid.
+
+    Shape: (batch, dim, height, width) -> (batch, height, width, dim).
+    """
+
+    def forward(
+        self, x: Float[Tensor, "batch dim height width"], mask: Bool[Tensor, "batch height width"] | None = None
+    ) -> Float[Tensor, "batch height width dim"]:
+        """The same numbers, in the other view."""
+        return to_grid(x)
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Stochastic depth of each block, by stage: linear from 0 in the first block up to `rate` in the last."""
+    blocks = sum(depths)
+    rates = iter([rate * block / max(1, blocks - 1) for block in range(blocks)])
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
 class Pyramid(nn.Module):
     """timm's interface; see the module's docstring.
 
     A subclass's `__init__` sets: `in_chans`, `num_classes`, `stem` (called as `stem(images, mask)`, gives a map),
     `stem_stride`, `stages` (an nn.Sequential of PyramidStage), `norm` (on token grids unless the subclass overrides
-    `final_norm`), `head` (called as `head(map, pre_logits=...)`; timm's ClassifierHead, or one with its `reset`),
+    `final_norm`), `head` (called as `head(map, pre_logits=...)`; timm's ClassifierHead, or one with its `reset` and
+    `num_features`),
     `num_features`, `head_hidden_size` and `feature_info` (one mapping per stage, with "num_chs").
     """
 
@@ -105,6 +126,7 @@ class Pyramid(nn.Module):
         check_count("num_classes", num_classes, least=0)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
+        self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
         self,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import register_model
 from torch import nn
 
@@ -16,6 +17,23 @@ def register_vision_model(entrypoint: Entrypoint) -> Entrypoint:
     """Decorator: register a model's entry point, by its function name, here and with timm."""
     _NAMES.append(entrypoint.__name__)
     return register_model(entrypoint)
+
+
+def image_cfg(**kwargs: Any) -> dict[str, Any]:
+    """timm's description of a classifier of images, for `generate_default_cfgs`: the usual, and `kwargs` over it."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        **kwargs,
+    }
 
 
 def list_models() -> list[str]:

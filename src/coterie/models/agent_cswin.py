@@ -31,14 +31,13 @@ from coterie.layers import ConvMerging
 from coterie.layers.layout import to_grid, to_map
 from coterie.layers.padding import zero_padding
 from coterie.models._checks import check_pyramid
+from coterie.models._pyramid import AsGrid, drop_path_rates
 from coterie.models._registry import register_vision_model
 from coterie.models.agent_hosts import (
     PATCH,
     AgentPyramid,
-    Begin,
     HostBlock,
     HostStage,
-    drop_path_rates,
     grids_of,
     init_weights,
     per_stage,
@@ -135,7 +134,7 @@ class AgentCSWin(AgentPyramid):
                         dim, heads, stripe_width=stripe, block_index=number, lepe=True, **dd
                     )
                 blocks.append(HostBlock(attn, mlp_ratio=mlp_ratio, drop_path=rate, eps=EPS, **dd))
-            merging: nn.Module = Begin()
+            merging: nn.Module = AsGrid()
             if index:
                 merging = ConvMerging(dims[index - 1], dim, **dd)
                 merging.norm.eps = EPS

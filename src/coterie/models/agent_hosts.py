@@ -8,28 +8,24 @@ tables as the authors' loader does.
 """
 
 from collections.abc import Mapping, Sequence
-from math import isqrt, prod
+from math import isqrt
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from coterie.attention import AgentAttention, GridAttention, ShiftedWindowAttention
+from coterie.attention import AgentAttention, GridAttention
 from coterie.layers.by_rows import by_rows
 from coterie.layers.layout import to_grid
 from coterie.layers.padding import zero_padding
 from coterie.models._checks import check_count
 from coterie.models._pyramid import Pyramid, PyramidStage
-from coterie.ops._dispatch import Call
-from coterie.ops._state import autocasting, exporting
-from coterie.ops.biased_group_attention import BIASED_GROUP_ATTENTION, biased_group_attention
+from coterie.models._registry import image_cfg
 
 PATCH = 4
-KERNEL_TOKENS = 256  # larger windows are left to scaled_dot_product_attention, which goes through keys in blocks
 register_notrace_module(AgentAttention)  # torch.fx takes attention as one node: it looks at shapes and masks
 
 
@@ -73,32 +69,6 @@ class PatchStem(PatchConv):
         return super().forward(x, mask).permute(0, 3, 1, 2)
 
 
-@register_notrace_module
-class WindowAttention(ShiftedWindowAttention):
-    """ "shifted_window" with its relative position bias; on the CPU by the kernel for groups of tokens, which takes
-    queries, keys and values where they lie: no window is cut out, padded or put back."""
-
-    def mix(
-        self,
-        x: Float[Tensor, "batch height width dim"],
-        context: Tensor | None,
-        *,
-        mask: Bool[Tensor, "batch height width"] | None,
-        is_causal: bool,
-    ) -> Float[Tensor, "batch height width dim"]:
-        windows = self.windows((x.shape[1], x.shape[2]))
-        call = Call(x.device.type, x.dtype, self.head_dim, exporting=exporting() or autocasting(x.device.type))
-        if prod(windows.window) > KERNEL_TOKENS or BIASED_GROUP_ATTENTION.choose("auto", call) != "cpu":
-            return super().mix(x, context, mask=mask, is_causal=is_causal)
-        _, tokens, ragged = windows.groups(x.device)
-        if ragged:  # places without a token
-            tokens = tokens.masked_fill(tokens >= prod(windows.grid), -1)
-        qkv = self.qkv(x).view(len(x), -1, 3, self.num_heads, self.head_dim)
-        key_mask = None if mask is None else mask.flatten(1)
-        y = biased_group_attention(qkv, tokens, self._bias(windows), key_mask=key_mask, scale=self.scale)
-        return self.proj_drop(self.proj(y.view(x.shape)))
-
-
 class HostBlock(nn.Module):
     """Attention and feed-forward, each after a LayerNorm and with its residual.
 
@@ -133,16 +103,6 @@ class HostBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class Begin(nn.Module):
-    """What the first stage has in place of merging: the stem's map as a token grid."""
-
-    def forward(
-        self, x: Float[Tensor, "batch dim height width"], mask: Tensor | None = None
-    ) -> Float[Tensor, "batch height width dim"]:
-        """The same numbers, seen as tokens."""
-        return to_grid(x)
-
-
 class HostStage(PyramidStage):
     """What makes the map coarser, then blocks.
 
@@ -160,11 +120,6 @@ class AgentPyramid(Pyramid):
 
     A subclass says in `own_name` what a parameter of the authors is called here.
     """
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
-        """A new classifier (none for 0 classes), and a pooling if given; there is nothing `other` to reset."""
-        super().reset_classifier(num_classes, global_pool, reset_other)
-        self.head_hidden_size = self.head.num_features
 
     def from_authors(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The authors' weights under the names here, for `coterie.models.load_authors_checkpoint`.
@@ -274,13 +229,6 @@ def per_stage(name: str, values: int | Sequence[int], stages: int, least: int) -
     return listed
 
 
-def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
-    """Stochastic depth of each block, by stage: from 0 up to `rate` in the last block."""
-    blocks = sum(depths)
-    rates = iter([rate * block / max(1, blocks - 1) for block in range(blocks)])
-    return [[next(rates) for _ in range(depth)] for depth in depths]
-
-
 def init_weights(module: nn.Module, name: str = "") -> None:
     """As the authors: linear layers from a narrow normal, biases 0; convolutions and norms as torch has them."""
     if isinstance(module, nn.Linear):
@@ -291,19 +239,9 @@ def init_weights(module: nn.Module, name: str = "") -> None:
 
 def pretrained_cfg(**kwargs: Any) -> dict[str, Any]:
     """timm's description of one of these models."""
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
+    usual = {
         "first_conv": "stem.conv",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
         "paper_ids": "arXiv:2312.08874",
         "paper_name": "Agent Attention: On the Integration of Softmax and Linear Attention",
-        **kwargs,
     }
+    return image_cfg(**{**usual, **kwargs})

@@ -29,6 +29,7 @@ from coterie.attention._agent_bias import reach_of, resized
 from coterie.layers.layout import to_grid
 from coterie.layers.padding import strided
 from coterie.models._checks import check_pyramid
+from coterie.models._pyramid import drop_path_rates
 from coterie.models._registry import register_vision_model
 from coterie.models.agent_hosts import (
     PATCH,
@@ -37,7 +38,6 @@ from coterie.models.agent_hosts import (
     HostStage,
     PatchConv,
     PatchStem,
-    drop_path_rates,
     grids_of,
     init_weights,
     per_stage,

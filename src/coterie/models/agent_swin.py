@@ -28,20 +28,18 @@ from timm.layers import ClassifierHead, register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, named_apply
 from torch import Tensor, nn
 
-from coterie.attention import AgentAttention, GridAttention
+from coterie.attention import AgentAttention, GridAttention, ShiftedWindowAttention
 from coterie.layers.layout import to_grid
 from coterie.layers.padding import zero_padding
 from coterie.models._checks import check_pyramid
+from coterie.models._pyramid import AsGrid, drop_path_rates
 from coterie.models._registry import register_vision_model
 from coterie.models.agent_hosts import (
     PATCH,
     AgentPyramid,
-    Begin,
     HostBlock,
     HostStage,
     PatchStem,
-    WindowAttention,
-    drop_path_rates,
     grids_of,
     init_weights,
     per_stage,
@@ -51,6 +49,7 @@ from coterie.models.agent_hosts import (
 __all__ = ["AgentSwin"]
 
 SMALLEST_WINDOW = 7
+register_notrace_module(ShiftedWindowAttention)  # looks at shapes and masks, which torch.fx cannot follow
 
 
 @register_notrace_module  # looks at shapes and masks, which torch.fx cannot follow
@@ -136,11 +135,11 @@ class AgentSwin(AgentPyramid):
                     attn = AgentAttention(dim, heads, agents=sides[index], repeat=True, bias_size=grid, dwc=True, **dd)
                 else:
                     size = min(window, *grid)
-                    attn = WindowAttention(
+                    attn = ShiftedWindowAttention(
                         dim, heads, window_size=size, block_index=number, relative_position_bias=True, **dd
                     )
                 blocks.append(HostBlock(attn, mlp_ratio=mlp_ratio, drop_path=rate, eps=1e-5, **dd))
-            merging = PatchMerging(dims[index - 1], dim, **dd) if index else Begin()
+            merging = PatchMerging(dims[index - 1], dim, **dd) if index else AsGrid()
             stages.append(HostStage(merging, blocks, stride=2 if index else 1))
         self.stages = nn.Sequential(*stages)
         self.feature_info = [

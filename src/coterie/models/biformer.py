@@ -34,7 +34,7 @@ from coterie.layers import ConditionalPositionEncoding
 from coterie.layers.layout import to_grid
 from coterie.layers.padding import batch_norm, strided, zero_padding
 from coterie.models._checks import check_count, check_pyramid
-from coterie.models._pyramid import Pyramid, PyramidStage
+from coterie.models._pyramid import AsGrid, Pyramid, PyramidStage, drop_path_rates
 
 __all__ = ["BiFormer", "BiFormerBlock", "BiFormerStage"]
 
@@ -184,16 +184,6 @@ class BiFormerStage(PyramidStage):
         self.blocks = nn.Sequential(*(BiFormerBlock(dim, num_heads, drop_path=rate, **block) for rate in drop_path))
 
 
-class Begin(nn.Module):
-    """What the first stage has in place of merging: the stem's map as a token grid."""
-
-    def forward(
-        self, x: Float[Tensor, "batch dim height width"], mask: Tensor | None = None
-    ) -> Float[Tensor, "batch height width dim"]:
-        """The same numbers, seen as tokens."""
-        return to_grid(x)
-
-
 class BiFormer(Pyramid):
     """A pyramid of bi-level routing attention, with timm's model interface.
 
@@ -255,18 +245,18 @@ class BiFormer(Pyramid):
         self.stem_stride = 4
         stem, merging = (ConvStem, ConvMerging) if layout == "convolutional" else (PatchStem, PatchMerging)
         self.stem = stem(in_chans, dims[0], **dd)
-        rates = iter([drop_path_rate * block / max(1, sum(depths) - 1) for block in range(sum(depths))])
+        rates = drop_path_rates(drop_path_rate, depths)
         stages = []
         for index, (dim, heads, (side, most)) in enumerate(zip(dims, num_heads, chosen)):
             options = {"regions": side, "top_k": most, "scale": scale, "uneven": uneven, "lepe": LEPE}
             if most is None:  # one region is global attention
                 options = {"regions": 1, "top_k": 1, "lepe": LEPE, "lepe_of": global_lepe_of, "qkv_bias": False}
             stage = BiFormerStage(
-                merging(dims[index - 1], dim, **dd) if index else Begin(),
+                merging(dims[index - 1], dim, **dd) if index else AsGrid(),
                 dim,
                 heads,
                 stride=2 if index else 1,
-                drop_path=[next(rates) for _ in range(depths[index])],
+                drop_path=rates[index],
                 attention=options,
                 mlp_ratio=mlp_ratio,
                 position=layout == "convolutional",
@@ -282,11 +272,6 @@ class BiFormer(Pyramid):
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         named_apply(_init_weights, self)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
-        """A new classifier (none for 0 classes), and a pooling if given; there is nothing `other` to reset."""
-        super().reset_classifier(num_classes, global_pool, reset_other)
-        self.head_hidden_size = self.head.num_features
 
     def final_norm(
         self, x: Float[Tensor, "batch dim rows columns"], mask: Bool[Tensor, "batch rows columns"] | None = None

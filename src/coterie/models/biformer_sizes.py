@@ -3,31 +3,20 @@ biformer_stl, the authors' ablation in the layout of Swin-T."""
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
-from coterie.models._registry import register_vision_model
+from coterie.models._registry import image_cfg, register_vision_model
 from coterie.models.biformer import BiFormer
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
+    usual = {
         "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
         "paper_ids": "arXiv:2303.08810",
         "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",
-        **kwargs,
     }
+    return image_cfg(**{**usual, **kwargs})
 
 
 default_cfgs = generate_default_cfgs(

@@ -34,7 +34,7 @@ from coterie.layers.by_rows import by_rows
 from coterie.layers.layout import to_grid, to_map
 from coterie.layers.padding import zero_padding
 from coterie.models._checks import check_pyramid
-from coterie.models._pyramid import Pyramid, PyramidStage
+from coterie.models._pyramid import AsGrid, Pyramid, PyramidStage, drop_path_rates
 
 __all__ = ["CrossFormer", "CrossFormerBlock", "CrossFormerStage", "CrossScaleEmbedding"]
 
@@ -123,13 +123,6 @@ class CrossScaleMerging(CrossScaleEmbedding):
     ) -> Float[Tensor, "batch rows columns out_dim"]:
         """A map to a coarser token grid."""
         return to_grid(super().forward(to_map(self.norm(to_grid(x))), mask))
-
-
-class _Tokens(nn.Module):
-    """The first stage begins right after the stem: its map, seen as tokens."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return to_grid(x)
 
 
 class FeedForward(nn.Module):
@@ -236,7 +229,7 @@ class CrossFormerStage(PyramidStage):
     ) -> None:
         super().__init__(1 if in_dim is None else MERGE_STRIDE)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.downsample = _Tokens() if in_dim is None else CrossScaleMerging(in_dim, dim, **dd)
+        self.downsample = AsGrid() if in_dim is None else CrossScaleMerging(in_dim, dim, **dd)
         last = len(drop_path) - 1
         self.blocks = nn.Sequential(
             *(
@@ -308,14 +301,14 @@ class CrossFormer(Pyramid):
         self.feature_info: list[dict[str, Any]] = []
 
         self.stem = CrossFormerStem(in_chans, dims[0], **dd)
-        rates = iter([drop_path_rate * block / max(1, sum(depths) - 1) for block in range(sum(depths))])
+        rates = drop_path_rates(drop_path_rate, depths)
         stages = []
         for index, (dim, heads) in enumerate(zip(dims, num_heads)):
             stage = CrossFormerStage(
                 dims[index - 1] if index else None,
                 dim,
                 heads,
-                drop_path=[next(rates) for _ in range(depths[index])],
+                drop_path=rates[index],
                 cooling=cooling,
                 mlp_ratio=mlp_ratio,
                 group_size=group_size[index],
@@ -332,11 +325,6 @@ class CrossFormer(Pyramid):
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         named_apply(_init_weights, self)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
-        """A new classifier (none for 0 classes), and a pooling if given; there is nothing `other` to reset."""
-        super().reset_classifier(num_classes, global_pool, reset_other)
-        self.head_hidden_size = self.head.num_features
 
     def from_authors(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """A checkpoint of cheerss/CrossFormer, of the newer or the older code, under this model's names.

@@ -2,31 +2,22 @@
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
-from coterie.models._registry import register_vision_model
+from coterie.models._registry import image_cfg, register_vision_model
 from coterie.models.crossformer import CrossFormer
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
+    usual = {
         "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.projs.0",
-        "classifier": "head.fc",
         "license": "mit",
         "paper_ids": "arXiv:2108.00154",
         "paper_name": "CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention",
-        **kwargs,
     }
+    return image_cfg(**{**usual, **kwargs})
 
 
 _PLUS_PLUS_PAPER = {

@@ -30,7 +30,7 @@ from coterie.attention import create_attention
 from coterie.layers import ConditionalPositionEncoding, ConvHead, ConvMerging, ConvStem, InvertedResidualFeedForward
 from coterie.models._attention_plan import Options, plan_attention
 from coterie.models._checks import check_count, check_pyramid
-from coterie.models._pyramid import Pyramid, PyramidStage
+from coterie.models._pyramid import Pyramid, PyramidStage, drop_path_rates
 
 __all__ = ["DynamicGroupTransformer", "DynamicGroupTransformerBlock", "DynamicGroupTransformerStage"]
 
@@ -176,7 +176,7 @@ class DynamicGroupTransformer(Pyramid):
         self.stem_stride = stem_stride
 
         self.stem = ConvStem(in_chans, dims[0] // 2, stride=stem_stride, **dd)
-        rates = iter([drop_path_rate * block / max(1, sum(depths) - 1) for block in range(sum(depths))])
+        rates = drop_path_rates(drop_path_rate, depths)
         stages = []
         for index, (dim, heads, (name, options)) in enumerate(zip(dims, num_heads, plan)):
             stage = DynamicGroupTransformerStage(
@@ -184,7 +184,7 @@ class DynamicGroupTransformer(Pyramid):
                 dim,
                 heads,
                 stride=STAGE_STRIDE,
-                drop_path=[next(rates) for _ in range(depths[index])],
+                drop_path=rates[index],
                 attention=name,
                 attention_options={"similarity": similarity, **options},
                 mlp_ratio=mlp_ratio,

@@ -4,32 +4,21 @@ paper, and dgt_nano and dgt_pico for small images."""
 from collections.abc import Sequence
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
 from coterie.models._attention_plan import Options
-from coterie.models._registry import register_vision_model
+from coterie.models._registry import image_cfg, register_vision_model
 from coterie.models.dgt import DynamicGroupTransformer
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
+    usual = {
         "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
         "paper_ids": "arXiv:2203.03937",
         "paper_name": "Dynamic Group Transformer: A General Vision Transformer Backbone with Dynamic Group Attention",
-        **kwargs,
     }
+    return image_cfg(**{**usual, **kwargs})
 
 
 default_cfgs = generate_default_cfgs(

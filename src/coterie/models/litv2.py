@@ -38,7 +38,7 @@ from coterie.layers.batch_norm import as_affine, stands_still
 from coterie.layers.layout import to_grid, to_map
 from coterie.layers.padding import batch_norm, strided, zero_padding
 from coterie.models._checks import check_count, check_pyramid
-from coterie.models._pyramid import Pyramid, PyramidStage
+from coterie.models._pyramid import AsGrid, Pyramid, PyramidStage, drop_path_rates
 from coterie.ops._state import exporting
 from coterie.ops.deformable import deformable_patches
 from coterie.ops.depthwise_gelu import depthwise_gelu
@@ -70,15 +70,6 @@ class PatchEmbedding(nn.Module):
         """Embed the patches; what a mask (True = a real pixel) leaves out counts as zero, as beyond the image."""
         x = zero_padding(x.contiguous(memory_format=torch.channels_last), mask)
         return to_map(self.norm(to_grid(self.proj(_filled_up(x, PATCH)))))
-
-
-class AsGrid(nn.Module):
-    """What begins a stage that merges nothing: the map, seen as a token grid."""
-
-    def forward(
-        self, x: Float[Tensor, "batch dim height width"], mask: Bool[Tensor, "batch height width"] | None = None
-    ) -> Float[Tensor, "batch height width dim"]:
-        return to_grid(x)
 
 
 @register_notrace_module  # looks at sizes and modes, which torch.fx cannot follow
@@ -323,16 +314,16 @@ class LITv2(Pyramid):
         self.feature_info: list[dict[str, Any]] = []
 
         self.stem = PatchEmbedding(in_chans, dims[0], **dd)
-        rates = iter([drop_path_rate * block / max(1, sum(depths) - 1) for block in range(sum(depths))])
+        rates = drop_path_rates(drop_path_rate, depths)
         stages = []
-        for index, (dim, depth, heads, window) in enumerate(zip(dims, depths, num_heads, window_size)):
+        for index, (dim, heads, window) in enumerate(zip(dims, num_heads, window_size)):
             stage = LITv2Stage(
                 dims[max(0, index - 1)],
                 dim,
                 heads,
                 merge=index > 0,
                 uneven=uneven,
-                drop_path=[next(rates) for _ in range(depth)],
+                drop_path=rates[index],
                 window_size=window,
                 alpha=alpha,
                 mlp_ratio=mlp_ratio,
@@ -346,11 +337,6 @@ class LITv2(Pyramid):
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         named_apply(_init_weights, self)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
-        """A new classifier (none for 0 classes), and a pooling if given; there is nothing `other` to reset."""
-        super().reset_classifier(num_classes, global_pool, reset_other)
-        self.head_hidden_size = self.head.num_features
 
     def from_authors(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors of an authors' classifier under this model's names, and what is dropped, with why (nothing)."""
