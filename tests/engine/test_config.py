@@ -58,6 +58,7 @@ def test_run_folder_is_named_after_the_data() -> None:
         ({"trian": {}}, "trian"),
         ({"train": {"epoch": 1}}, "epoch"),
         ({"train": {"epochs": "many"}}, r"train\.epochs"),
+        ({"output": {"eval_every": 0}}, r"output\.eval_every is 0\.0; it takes a number of epochs above 0"),
         ({"train": {"epochs": 0}}, r"train\.epochs is 0; it takes a number of at least 1"),
         ({"train": {"precision": "fp64"}}, r"train\.precision"),
         ({"optim": {"lr": float("nan")}}, r"optim\.lr is nan"),

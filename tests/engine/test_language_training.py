@@ -127,6 +127,21 @@ def test_a_run_broken_in_the_middle_of_an_epoch_ends_bit_for_bit_the_same(
     assert without_clock(tmp_path / "broken") == without_clock(unbroken)
 
 
+def test_evaluations_within_an_epoch_come_when_asked_and_change_no_weight(
+    unbroken: Path, prose: Path, tmp_path: Path
+) -> None:
+    often = tmp_path / "often"
+    train(language(often, prose, optim__ema_decay=0.9, output__eval_every=0.4))
+    steps = events(unbroken, "eval")[0]["step"]  # of an epoch
+    every, last = round(0.4 * steps), events(unbroken, "eval")[-1]["step"]
+    seen = {event["step"]: event for event in events(often, "eval")}
+    assert list(seen) == sorted({*range(every, last, every), last})
+    assert seen[every]["epoch"] == pytest.approx(every / steps, abs=1e-3)
+    assert seen[last]["loss"] == events(unbroken, "eval")[-1]["loss"]
+    assert checkpoint.latest(often / "checkpoints").name == f"step-{last:08d}"
+    assert (often / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
+
+
 def test_a_trained_tokenizer_stays_with_its_run(prose: Path, tmp_path: Path) -> None:
     text = shutil.copy(prose, tmp_path / "text.txt")
     config = language(tmp_path / "run", text, text__tokenizer="bpe", text__vocab_size=300, train__epochs=1)

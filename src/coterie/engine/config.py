@@ -153,15 +153,16 @@ class OutputConfig:
         dir: Folder of the run; if not given `runs/DATA`, and `runs/DATA-TASK` for tasks other than classification.
         overwrite: Delete the run that the folder holds.
         log_every: Steps between two lines of the log.
-        eval_every: Epochs between two evaluations; the last epoch is always evaluated.
-        checkpoint_every: Steps between two checkpoints, besides the one at the end of each epoch; 0 for none.
+        eval_every: Epochs between two evaluations; a fraction is fine (0.25: four times an epoch). The end is always
+            evaluated.
+        checkpoint_every: Steps between two checkpoints, besides those at evaluations and ends of epochs; 0 for none.
         keep: Checkpoints that are kept, besides the best one.
     """
 
     dir: str | None = None
     overwrite: bool = False
     log_every: int = 10
-    eval_every: int = 1
+    eval_every: float = 1
     checkpoint_every: int = 0
     keep: int = 2
 
@@ -262,7 +263,7 @@ def check(config: RunConfig) -> None:
     at_least = {
         "train.epochs": 1, "train.batch_size": 1, "train.accumulate": 1, "train.seed": 0, "data.workers": 0,
         "optim.lr": 0, "optim.weight_decay": 0, "optim.clip_norm": 0, "schedule.warmup_epochs": 0,
-        "output.log_every": 1, "output.eval_every": 1, "output.checkpoint_every": 0, "output.keep": 1,
+        "output.log_every": 1, "output.checkpoint_every": 0, "output.keep": 1,
         "augment.mixup": 0, "augment.cutmix": 0,
     }  # fmt: skip
     shares = (
@@ -276,6 +277,8 @@ def check(config: RunConfig) -> None:
     for name, least in at_least.items():
         if flat[name] is not None and not flat[name] >= least:
             raise ValueError(f"{name} is {flat[name]}; it takes a number of at least {least}")
+    if not flat["output.eval_every"] > 0:
+        raise ValueError(f"output.eval_every is {flat['output.eval_every']}; it takes a number of epochs above 0")
     for name in shares:
         if not 0 <= flat[name] <= 1:
             raise ValueError(f"{name} is {flat[name]}; it takes a number from 0 to 1")

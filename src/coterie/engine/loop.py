@@ -121,6 +121,7 @@ class Trainer:
         }
         self.epoch_steps = self.loader.num_batches()
         self.steps = self.epochs * self.epoch_steps
+        self.eval_steps = max(round(config.output.eval_every * self.epoch_steps), 1)
         self._build_model()
         self.step = 0
         self.best: dict[str, Any] | None = None  # step and figure of the best evaluation
@@ -208,14 +209,15 @@ class Trainer:
                 self._train_step(batch)
                 self.progress.step(self.step, epoch, self.epochs)
                 epoch_ends = self.step % self.epoch_steps == 0
-                logging = epoch_ends or self.step % output.log_every == 0
-                if logging:
+                evaluating = self.step % self.eval_steps == 0 or self.step == self.steps
+                logging = epoch_ends or evaluating or self.step % output.log_every == 0
+                saving = output.checkpoint_every and self.step % output.checkpoint_every == 0
+                if logging:  # finds a loss that is not finite, before anything is evaluated or kept
                     self._log_training(epoch)
-                if epoch_ends:
-                    with self.window.pause():
-                        self._end_epoch(epoch + 1)
-                elif output.checkpoint_every and self.step % output.checkpoint_every == 0:
-                    with self.window.pause():
+                with self.window.pause():
+                    if evaluating:
+                        self._evaluate_monitored()
+                    if epoch_ends or evaluating or saving:
                         self._save_checkpoint()
                 # Ranks may see the signal at different steps, so they ask one another; not at every step, it costs.
                 alone = self.accelerator.num_processes == 1
@@ -253,23 +255,21 @@ class Trainer:
         warmup = round(settled(schedule.warmup_epochs, "schedule.warmup_epochs") * self.epoch_steps)
         return learning_rate(self.step, self.steps, warmup, self.peak_rate, schedule)
 
-    def _end_epoch(self, done: int) -> None:
-        """Evaluate where it is due, and write a checkpoint."""
-        if done % self.config.output.eval_every == 0 or self.step == self.steps:
-            self.final = self._evaluate(self.monitored, collect=self.step == self.steps)
-            figures, name = self.final.figures, self.task.summary
-            if self.best is None or self._is_better(figures[name], self.best[name]):
-                self.best = {"step": self.step, name: figures[name]}
-            sample = None
-            if self.logs:
-                sample = self.task.sample(self.answering_model, self.config.train.seed)
-                made = {} if sample is None else {"sample": sample}
-                self.logs.write("eval", self.step, done, split=self.monitored, **figures, **made)
-            shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items())
-            self.progress.line(f"epoch {done}/{self.epochs}  {self.monitored}: {shown}")
-            if sample is not None:
-                self.progress.line(indent(sample, "    "))
-        self._save_checkpoint()
+    def _evaluate_monitored(self) -> None:
+        """Evaluate, log what came out and a sample of what the model makes, and keep track of the best."""
+        self.final = self._evaluate(self.monitored, collect=self.step == self.steps)
+        figures, name = self.final.figures, self.task.summary
+        if self.best is None or self._is_better(figures[name], self.best[name]):
+            self.best = {"step": self.step, name: figures[name]}
+        done, sample = round(self.step / self.epoch_steps, 4), None
+        if self.logs:
+            sample = self.task.sample(self.answering_model, self.config.train.seed)
+            made = {} if sample is None else {"sample": sample}
+            self.logs.write("eval", self.step, done, split=self.monitored, **figures, **made)
+        shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items())
+        self.progress.line(f"epoch {done:g}/{self.epochs}  {self.monitored}: {shown}")
+        if sample is not None:
+            self.progress.line(indent(sample, "    "))
 
     def _is_better(self, figure: float, than: float) -> bool:
         return figure > than if self.task.larger_is_better else figure < than
