@@ -90,7 +90,9 @@ def bench_model(
         raise ValueError(f"baseline {baseline!r} is none of the models measured: {', '.join(names)}")
     for name in names:
         parse_model(name)
-    subject = "-".join(name.replace(",", "-") for name in names)
+    subject = f"{len(names)}-models"  # a file is named after it
+    if len(names) <= 4:
+        subject = "-".join(name.replace(",", "-") for name in names)
     report = new_report("model", subject, baseline, open_device(cases[0].device), settings)
     try:
         for case in cases:
