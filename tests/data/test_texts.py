@@ -146,6 +146,31 @@ def test_parse_spec_keeps_hub_options() -> None:
     assert parse_spec("hf:owner/name?config=raw&text=body") == ("hf", "owner/name", {"config": "raw", "text": "body"})
 
 
+def test_a_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as that goes without a network: what `datasets` loads becomes documents."""
+    import datasets
+
+    rows = {"train": ["one", "", "two", "three"], "validation": ["four"], "unsupervised": ["five"], "test": ["six"]}
+    loaded = datasets.DatasetDict(
+        {name: datasets.Dataset.from_dict({"id": list(map(str, texts)), "text": texts}) for name, texts in rows.items()}
+    )
+    loaded["train"] = loaded["train"].select([3, 0, 1])
+    calls: list[tuple] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: calls.append(arguments) or loaded)
+    texts = open_texts("hf:owner/books?config=raw")
+    assert calls == [("owner/books", "raw")]
+    assert texts.splits == {"train": [b"three", b"one"], "validation": [b"four"], "test": [b"six"]}
+    with pytest.raises(ValueError, match=r"hf:owner/books: no column of text 'body'; there are id, text"):
+        open_texts("hf:owner/books?text=body")
+
+    def offline(*_: object) -> None:
+        raise ConnectionError("no route to the hub\nand more lines")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ValueError, match=r"hf:books: cannot be loaded: ConnectionError: no route to the hub \(without"):
+        open_texts("hf:books")
+
+
 def test_documentation_is_half_a_megabyte_of_different_paragraphs() -> None:
     splits = open_texts("documentation").splits
     sizes = {split: sum(map(len, documents)) for split, documents in splits.items()}
