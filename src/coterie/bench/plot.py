@@ -44,7 +44,7 @@ def draw(report: dict[str, Any]) -> Figure | None:
         f"{found['device_name']}, {found['threads']} threads, {first['case']['dtype']}, "
         f"torch {found['versions']['torch']}, {found['date'][:10]}. Bars and points: median; whiskers: quartiles."
     )
-    figure.text(0.01, 0.01, note, fontsize=7, color=_BASELINE)
+    figure.text(0.01, 0.05 / figure.get_figheight(), note, fontsize=7, color=_BASELINE)  # inches from below
     return figure
 
 
@@ -70,6 +70,8 @@ def _draw_bars(report: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(8, height), layout=ConstrainedLayoutEngine(rect=(0, 0.2 / height, 1, 1 - 0.2 / height)))
     panels = figure.subplots(len(results), 1, squeeze=False, height_ratios=heights)[:, 0]
     colours = _colours(report)
+    if len(colours) > len(_COLOURS) + 1:  # too many to tell apart, and each bar has its name
+        colours = {name: _BASELINE if name == report["baseline"] else _COLOURS[0] for name in colours}
     for axes, result in zip(panels, results, strict=True):
         entries = [entry for entry in result["contenders"] if "seconds" in entry][::-1]
         for y, entry in enumerate(entries):

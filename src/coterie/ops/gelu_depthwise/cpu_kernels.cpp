@@ -10,7 +10,7 @@
 #include <new>
 #include <vector>
 
-#include "_simd.h"
+#include "_gelu.h"
 
 namespace {
 
@@ -18,25 +18,6 @@ using i64 = std::int64_t;
 constexpr int W = LANES<float>;
 constexpr std::size_t BUFFER = 160 * 1024;  // bytes of the turning rows
 constexpr i64 BAND = 16;                    // rows of a piece of work; two more are computed around it
-
-// erf(x / sqrt(2)) = z P(z^2) / Q(z^2), z = x / sqrt(2) clamped to [-4, 4]: absolute error below 4e-7.
-inline vfloat gelu(vfloat x) {
-    vfloat z = x * 0.70710678118654752f;
-    z = z > 4.0f ? vfloat{} + 4.0f : z;
-    z = z < -4.0f ? vfloat{} - 4.0f : z;
-    const vfloat s = z * z;
-    vfloat p = s * -2.72614225801306e-10f + 2.77068142495902e-08f;
-    p = p * s - 2.10102402082508e-06f;
-    p = p * s - 5.69250639462346e-05f;
-    p = p * s - 7.34990630326855e-04f;
-    p = p * s - 2.95459980854025e-03f;
-    p = p * s - 1.60960333262415e-02f;
-    vfloat q = s * -1.45660718464996e-05f - 2.13374055278905e-04f;
-    q = q * s - 1.68282697438203e-03f;
-    q = q * s - 7.37332916720468e-03f;
-    q = q * s - 1.42647390514189e-02f;
-    return 0.5f * x * (1.0f + z * p / q);
-}
 
 // N outputs side by side share the loads of the weights. rows[k] is the first of their left neighbours in row k.
 template <int N>
