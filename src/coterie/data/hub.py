@@ -7,6 +7,7 @@ parquet.py does.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from coterie.data.parquet import from_tables
 from coterie.data.source import DataSource, split_of
@@ -24,17 +25,7 @@ def open_hub(name: str, image: str | None = None, label: str | None = None, conf
         ValueError: the set cannot be had (no network and not in the cache, no such set, a script) or is no labelled
             image set.
     """
-    import datasets
-
-    shown = f"hf:{name}"
-    try:
-        loaded = datasets.load_dataset(name, config)
-    except Exception as error:  # network, hub, cache and builder each raise errors of their own libraries
-        first_line = next(iter(str(error).splitlines()), "")
-        raise ValueError(
-            f"{shown}: cannot be loaded: {type(error).__name__}: {first_line}"
-            " (without a network only sets in the cache of `datasets` open)"
-        ) from error
+    shown, loaded = load_from_hub(name, config)
     tables, origins = {}, {}
     for key, split in loaded.items():
         meaning = split_of(str(key))
@@ -48,3 +39,18 @@ def open_hub(name: str, image: str | None = None, label: str | None = None, conf
     if "train" not in tables:
         raise ValueError(f"{shown}: no train split; its splits are {', '.join(map(str, loaded))}")
     return from_tables(name, tables, origins, Path(), image, label)
+
+
+def load_from_hub(name: str, config: str | None) -> tuple[str, Any]:
+    """The set as errors call it, and its splits (a DatasetDict). Raises ValueError if it cannot be had."""
+    import datasets
+
+    shown = f"hf:{name}"
+    try:
+        return shown, datasets.load_dataset(name, config)
+    except Exception as error:  # network, hub, cache and builder each raise errors of their own libraries
+        first_line = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"{shown}: cannot be loaded: {type(error).__name__}: {first_line}"
+            " (without a network only sets in the cache of `datasets` open)"
+        ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coterie.data.hub import load_from_hub
 from coterie.data.parquet import open_tables
 from coterie.data.source import split_of
 
@@ -27,17 +28,7 @@ def open_parquet_texts(path: Path, column: str | None) -> dict[str, list[bytes]]
 
 def open_hub_texts(name: str, config: str | None, column: str | None) -> dict[str, list[bytes]]:
     """The documents of a set of the hub, by split. Raises ValueError if it cannot be had or holds no text."""
-    import datasets
-
-    shown = f"hf:{name}"
-    try:
-        loaded = datasets.load_dataset(name, config)
-    except Exception as error:  # network, hub, cache and builder each raise errors of their own libraries
-        first_line = next(iter(str(error).splitlines()), "")
-        raise ValueError(
-            f"{shown}: cannot be loaded: {type(error).__name__}: {first_line}"
-            " (without a network only sets in the cache of `datasets` open)"
-        ) from error
+    shown, loaded = load_from_hub(name, config)
     splits: dict[str, list[bytes]] = {}
     for key, part in loaded.items():
         meaning = split_of(str(key))
