@@ -70,6 +70,7 @@ _SMALL_IMAGES: dict[str, Sequence[Options]] = {
         {"groups": 4, "top_k": 16},
     ),
     "shifted_window": ({"window_size": 6}, {"window_size": 4}, {"window_size": 4}, {"window_size": 4}),
+    "cascaded_group": ({"window_size": 6}, {"window_size": 4}, {"window_size": 4}, {"window_size": 4}),
     "cross_shaped_window": ({"stripe_width": 2}, {"stripe_width": 2}, {"stripe_width": 4}, {"stripe_width": 4}),
 }
 
