@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from coterie.attention._kept import Keeper
+
 TABLE_SIDE = 7
 _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
-class AgentBias(nn.Module):
+class AgentBias(Keeper):
     """One bias per head, agent and token; see the module's docstring.
 
     Args:
@@ -27,6 +29,8 @@ class AgentBias(nn.Module):
         agents: number of agents.
         size: tokens along each axis of the grid that the lines are made for.
         prefix_tokens: tokens without a place, in front of the grid's; each has a bias of its own.
+
+    In inference the bias of the last grid is kept, as it depends on nothing but weights.
 
     Parameters: `table` (heads, agents, 7, ...), `lines` (heads, agents, n) per axis, `prefix` (heads, agents, tokens).
     """
@@ -47,9 +51,19 @@ class AgentBias(nn.Module):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(
-        self, grid: tuple[int, ...], reach: list[Int[Tensor, " batch"]] | None = None
-    ) -> Float[Tensor, "#batch heads agents tokens"]:
+        self, grid: tuple[int, ...], reach: list[Int[Tensor, " batch"]] | None = None, *, tokens_first: bool = False
+    ) -> Float[Tensor, "#batch heads agents tokens"] | Float[Tensor, "#batch heads tokens agents"]:
         """The bias for a grid of tokens; with `reach` (see `reach_of`) one for each sample."""
+
+        def make() -> Tensor:
+            bias = self._bias(grid, reach)
+            return bias.transpose(-1, -2).contiguous() if tokens_first else bias
+
+        return make() if reach is not None else self.kept((grid, tokens_first), make)
+
+    def _bias(
+        self, grid: tuple[int, ...], reach: list[Int[Tensor, " batch"]] | None
+    ) -> Float[Tensor, "#batch heads agents tokens"]:
         heads, agents = self.table.shape[:2]
         bias = resized(self.table, grid, reach)
         for axis, line in enumerate(self.lines):

@@ -130,7 +130,7 @@ class AgentAttention(GridAttention):
         key_bias = query_bias = None
         if self.key_bias is not None and self.query_bias is not None:
             key_bias = self.key_bias(grid, reach)
-            query_bias = self.query_bias(grid, reach).transpose(-1, -2).contiguous()
+            query_bias = self.query_bias(grid, reach, tokens_first=True)
         gathered = exact_attention(asking, key, value, allowed=of_keys, bias=key_bias, scale=scale)
         y = exact_attention(query, agents, gathered, allowed=of_agents, bias=query_bias, scale=scale**self.k_scale2)
         return y + self.k_shortcut * value if self.k_shortcut else y

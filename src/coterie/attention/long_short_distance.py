@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from coterie.attention._kept import Keeper
 from coterie.attention._windows import Windows
 from coterie.attention.base import GridAttention, check_choice, check_int, exact_attention, register_attention
 from coterie.ops._dispatch import Call
@@ -95,7 +96,7 @@ def _kept_tokens(groups: Groups) -> Int[Tensor, "groups group_tokens"]:
         return groups.tokens()
 
 
-class DynamicPositionBias(nn.Module):
+class DynamicPositionBias(Keeper):
     """A bias for every head and offset: Linear, then 3 x (LN, ReLU, Linear), without residuals.
 
     Args:
@@ -120,7 +121,6 @@ class DynamicPositionBias(nn.Module):
             nn.Sequential(nn.LayerNorm(hidden_dim, **dd), nn.ReLU(), nn.Linear(hidden_dim, out, **dd))
             for out in (hidden_dim, hidden_dim, num_heads)
         )
-        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
 
     def table(self, size: tuple[int, ...]) -> Float[Tensor, "*offsets heads"]:
         """The biases of all offsets 1 - n, ..., n - 1 along each axis of n tokens."""
@@ -131,22 +131,7 @@ class DynamicPositionBias(nn.Module):
 
     def forward(self, size: tuple[int, ...]) -> Float[Tensor, "heads tokens tokens"]:
         """The bias of every pair of tokens of a group of this size; in inference computed once and kept."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._can_tell_changes():
-            return self._bias(size)
-        device, dtype = self.pos_proj.weight.device, self.pos_proj.weight.dtype
-        state = [(p.data_ptr(), p._version) for p in self.parameters()]  # also bumped by a step and by loading
-        key = (size, device, dtype, autocasting(device.type), *state)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = (key, self._bias(size))
-        return self._kept[1]
-
-    def train(self, mode: bool = True) -> "DynamicPositionBias":
-        """Also forgets the bias that was kept, as whoever writes weights through `.data` has to ask for."""
-        self._kept = None
-        return super().train(mode)
-
-    def _can_tell_changes(self) -> bool:
-        return not any(p.is_meta or p.is_inference() for p in self.parameters())
+        return self.kept(size, lambda: self._bias(size))
 
     def _bias(self, size: tuple[int, ...]) -> Float[Tensor, "heads tokens tokens"]:
         table = self.table(size)
