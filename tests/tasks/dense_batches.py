@@ -7,6 +7,20 @@ import torch
 from coterie.tasks import create_task
 
 CLASSES = ["rectangle", "ellipse"]
+NARROW = {"dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 1, 1)}
+SMALL = {
+    "dgt_pico": {"stem_stride": 2, **NARROW},
+    "resnet10t": {},
+    "biformer_tiny": {**NARROW, "regions": (4, 4, 2, 1)},
+    "crossformer_small": {**NARROW, "group_size": (3, 3, 2, 2), "interval": (2, 2, 1, 1)},
+    "crossformer_pp_small": {**NARROW, "group_size": (3, 3, 2, 2), "interval": (2, 2, 1, 1)},
+    "litv2_small": NARROW,
+    "agent_swin_tiny": {**NARROW, "img_size": 64, "agents": (3, 2, 2, 2)},
+    "agent_pvt_tiny": {**NARROW, "img_size": 64, "agents": (3, 2, 2, 1)},
+    "agent_cswin_tiny": {**NARROW, "img_size": 64, "agents": (3, 2, 2, 2), "stripe_width": 2},
+    "agent_deit_tiny": {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 2},
+    "dcvit_tiny": {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 2},
+}
 COLORS = torch.tensor([[2.0, -1.0, 0.5], [-1.0, 1.5, 2.0]])
 
 
@@ -77,10 +91,6 @@ def task_and_model(name, model="dgt_pico", classes=None, seed=0, **options):
     if classes is None:
         classes = ["background", *CLASSES] if name == "semantic-segmentation" else CLASSES
     task = create_task(name, classes=classes, **{"channels": 64 if name == "semantic-segmentation" else 32, **options})
-    small = {
-        "dgt_pico": {"stem_stride": 2, "dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 1, 1)},
-        "resnet10t": {},
-    }[model]
     torch.manual_seed(seed)
-    config = SimpleNamespace(name=model, options=small, drop_path=0.0)
+    config = SimpleNamespace(name=model, options=SMALL[model], drop_path=0.0)
     return task, task.build_model(config, SimpleNamespace(classes=classes, channels=3))

@@ -2,9 +2,9 @@
 
     image (B, C, H, W), mask (B, H, W) -> four maps (B, C_i, ceil(H / s_i), ceil(W / s_i)), strides s = 4, 8, 16, 32
 
-Models of coterie get the mask and keep padding out of everything. Models of timm know no mask: they see the padding as
-pixels of the mean colour. A timm model whose maps all have one stride (a plain ViT) gets the simple feature pyramid of
-ViTDet (arXiv 2203.16527, section 3): its last map, enlarged by transposed convolutions and reduced by pooling.
+Pyramids of coterie get the mask and keep padding out of everything. Models of timm, and ours that are timm's ViT with
+another attention, know no mask: they see the padding as pixels of the mean colour. A model whose maps all have one
+stride (a plain ViT) gets the simple feature pyramid of ViTDet (arXiv 2203.16527, section 3): its last map, enlarged by transposed convolutions and reduced by pooling.
 
 Each map gets a LayerNorm of its own, as in Swin's dense backbones: a stage's output is a residual stream whose scale
 grows with depth, and heads trained from scratch need one that does not.
@@ -56,8 +56,9 @@ class Backbone(nn.Module):
         super().__init__()
         self.model: Any
         try:
-            if name in list_models():
-                self.model = create_model(name, in_chans=in_chans, num_classes=0, **options)
+            self.model = _masked_model(name, in_chans=in_chans, **options)
+            self.takes_mask = self.model is not None
+            if self.takes_mask:
                 infos = [(info["num_chs"], info["reduction"]) for info in self.model.feature_info]
                 self.model.prune_intermediate_layers(len(infos), prune_norm=True)
             else:
@@ -65,8 +66,6 @@ class Backbone(nn.Module):
                 infos = [(info["num_chs"], info["reduction"]) for info in self.model.feature_info.get_dicts()]
         except TypeError as error:  # a keyword that the constructor does not know
             raise ValueError(f"backbone {name}: {error}") from error
-        self.ours = name in list_models()
-        self.takes_mask = self.ours and "mask" in inspect.signature(self.model.forward_intermediates).parameters
         self.channels_last_maps = str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
         self.pyramid: nn.Module | None = None
         if len({stride for _, stride in infos}) == 1:
@@ -88,9 +87,8 @@ class Backbone(nn.Module):
         mask: Bool[Tensor, "batch height width"] | None = None,
     ) -> list[Float[Tensor, "batch dim rows columns"]]:
         """The maps, the finest first; with a mask (True = a real pixel) they are zero where the image is padding."""
-        if self.ours:
-            masked = {"mask": mask} if self.takes_mask else {}
-            maps = self.model.forward_intermediates(image, indices=MAPS, intermediates_only=True, **masked)
+        if self.takes_mask:
+            maps = self.model.forward_intermediates(image, indices=MAPS, intermediates_only=True, mask=mask)
         else:
             maps = self._timm_maps(image)
         maps = [norm(x) for norm, x in zip(self.norms, maps, strict=True)]
@@ -135,6 +133,14 @@ class SimplePyramid(nn.Module):
     def forward(self, x: Float[Tensor, "batch dim rows columns"]) -> list[Float[Tensor, "batch channels height width"]]:
         """The maps, the finest first."""
         return [way(x) for way in self.ways]
+
+
+def _masked_model(name: str, **options: Any) -> nn.Module | None:
+    """A model of ours that takes a mask, as it is; None for any other."""
+    if name not in list_models():
+        return None
+    model: Any = create_model(name, num_classes=0, **options)
+    return model if "mask" in inspect.signature(model.forward_intermediates).parameters else None
 
 
 def _timm_features(name: str, **options: Any) -> nn.Module:
