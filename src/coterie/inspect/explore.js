@@ -44,10 +44,10 @@
     }
     g.save(); g.clip(cells); g.drawImage(layer.member, 0, 0); g.restore();
     g.strokeStyle = EDGE; g.lineWidth = big ? 2 : 1; g.stroke(edges);
-    const keys = block.k < rows * columns + block.prefix ? head.keys(group) : [], most = Math.min(Math.max(Math.min(w, h) * 0.36, big ? 4 : 2), big ? 13 : 6);
-    for (let i = keys.length - 1; i >= 0; i--) {
-      const x = (keys[i] % columns + 0.5) * w, y = (Math.floor(keys[i] / columns) + 0.5) * h;
-      g.beginPath(); g.arc(x, y, most * (1 - 0.4 * i / Math.max(keys.length - 1, 1)), 0, 2 * Math.PI);
+    const keys = block.k < rows * columns + block.prefix ? head.keys(group) : [], radius = Math.min(Math.max(Math.min(w, h) * 0.3, big ? 3.5 : 2), big ? 11 : 5);
+    for (const key of keys) {
+      const x = (key % columns + 0.5) * w, y = (Math.floor(key / columns) + 0.5) * h;
+      g.beginPath(); g.arc(x, y, radius, 0, 2 * Math.PI);
       g.fillStyle = KEY; g.fill(); g.strokeStyle = INK; g.lineWidth = big ? 1.4 : 0.8; g.stroke();
     }
     const x = token % columns * w, y = Math.floor(token / columns) * h;

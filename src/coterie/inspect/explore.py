@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+from torch import nn
 
+from coterie.attention import BiLevelRoutingAttention, MovingCentroids
 from coterie.engine.files import atomic_write
 from coterie.inspect import page
 from coterie.inspect.figures import block_figure, sizes_figure
@@ -96,7 +98,8 @@ def build_page(network: Network, views: Sequence[tuple[str, View]]) -> str:
             )
         sections.append((f"image-{index + 1}", name, f'<div class="stack">{content}</div>'))
     if network.has_groups:
-        sections.append(("reading", "How to read this", page.card(READING + ("" if network.trained else UNTRAINED))))
+        text = _reading(network.model) + ("" if network.trained else UNTRAINED)
+        sections.append(("reading", "How to read this", page.card(text)))
     kicker = (
         "trained network"
         if network.trained
@@ -167,13 +170,22 @@ def _answer(network: Network, name: str, view: View) -> str:
     )
 
 
-READING = """<p>In dynamic group attention each token's query joins the group whose centroid is nearest, by content
-and not by place. Each group then chooses one set of keys from the whole image, by its centroid, and all its members
-attend to exactly these. Every head has queries, keys and centroids of its own, so every head groups differently.</p>
-<p>Point at the picture, tap it, or focus it and use the arrow keys. Blue: the tokens in the same group. Orange: the
-keys the group chose, larger where the centroid finds them more relevant.</p>"""
+DYNAMIC_GROUPS = """<p>In dynamic group attention each token's query joins the group whose centroid is nearest, by
+content and not by place. Each group then chooses one set of keys from the whole image, by its centroid, and all its
+members attend to exactly these. Every head has queries, keys and centroids of its own, so every head groups
+differently.</p>"""
+REGIONS = """<p>In bi-level routing attention a group is a region of the image. Each region chooses the few regions
+whose mean key its mean query likes best, all heads together, and its tokens attend to all tokens of these.</p>"""
+COLOURS = """<p>Point at the picture, tap it, or focus it and use the arrow keys. Blue: the tokens in the same group.
+Orange: the keys the group chose.</p>"""
 UNTRAINED = """<p>These weights are random. Train first (<code>coterie train</code>), then give the run folder instead
 of <code>--model</code>.</p>"""
+
+
+def _reading(model: nn.Module) -> str:
+    routed = any(isinstance(module, BiLevelRoutingAttention) for module in model.modules())
+    grouped = any(isinstance(module, MovingCentroids) for module in model.modules())
+    return (DYNAMIC_GROUPS if grouped or not routed else "") + (REGIONS if routed else "") + COLOURS
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -93,7 +93,7 @@ def sizes_figure(found: list[StageGroups], title: str = "Group sizes") -> Figure
 
 
 def _about(head: StageGroups, heads: int) -> str:
-    keys = f"{head.selected.shape[1]} keys each. Blue: members. Orange: chosen keys (larger = more relevant)."
+    keys = f"{head.selected.shape[1]} keys each. Blue: members. Orange: chosen keys."
     if head.attends_to_all:
         keys = "every token is a key of every group. Blue: members."
     size = f"{head.grid[0]}×{head.grid[1]} tokens, {heads} heads, {head.groups} groups"

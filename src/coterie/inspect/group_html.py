@@ -14,8 +14,8 @@ from coterie.inspect.page import text
 from coterie.inspect.tiles import data_uri, draw_all_groups, draw_group
 
 LEGEND = (
-    '<span class="member"></span>members of the group &nbsp; <span class="key"></span>keys it chose, '
-    "larger where more relevant; in the coloured pictures each colour is one group"
+    '<span class="member"></span>members of the group &nbsp; <span class="key"></span>keys it chose; '
+    "in the coloured pictures each colour is one group"
 )
 
 

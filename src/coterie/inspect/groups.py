@@ -36,9 +36,7 @@ class StageGroups:
     head: int
     grid: tuple[int, int]
     assignment: np.ndarray  # (tokens,) int64: the group of each query
-    selected: (
-        np.ndarray
-    )  # (groups, k) int64: the keys each group chose, most relevant first as the operation gives them
+    selected: np.ndarray  # (groups, k) int64: the keys each group chose, in rising order
     counts: np.ndarray = field(repr=False)  # (groups,) int64: queries in each group
     module: str = ""
     prefix: int = 0
@@ -64,7 +62,7 @@ class StageGroups:
         return cells[cells >= 0]
 
     def keys(self, group: int) -> np.ndarray:
-        """Cells that `group` chose as keys, most relevant first. Prefix tokens have no cell and are left out."""
+        """Cells that `group` chose as keys, in rising order. Prefix tokens have no cell and are left out."""
         cells = self.selected[group] - self.prefix
         return cells[cells >= 0]
 

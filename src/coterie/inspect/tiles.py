@@ -57,7 +57,7 @@ def cell_of_pixel(grid: tuple[int, int], height: int, width: int) -> np.ndarray:
 def draw_group(picture: np.ndarray, head: StageGroups, group: int, side: int = 224) -> np.ndarray:
     """One group: its members tinted and outlined, the rest of the image pale and grey, the chosen keys as dots.
 
-    A dot is large for the most relevant keys and small for the last ones. Where every token is a key there are no dots.
+    Where every token is a key there are no dots.
     """
     base = enlarge(picture, side).astype(np.float32)
     height, width = base.shape[:2]
@@ -112,11 +112,10 @@ def _mark_keys(picture: np.ndarray, keys: np.ndarray, grid: tuple[int, int]) -> 
     layer = Image.new("RGBA", (width * zoom, height * zoom), (0, 0, 0, 0))
     pen = ImageDraw.Draw(layer)
     step_y, step_x = height / grid[0], width / grid[1]
-    largest = min(max(min(step_x, step_y) * 0.36, 2.2), 8.0)
-    for rank in range(len(keys) - 1, -1, -1):
-        row, column = divmod(int(keys[rank]), grid[1])
+    radius = min(max(min(step_x, step_y) * 0.3, 2.0), 7.0) * zoom
+    for key in keys:
+        row, column = divmod(int(key), grid[1])
         x, y = (column + 0.5) * step_x * zoom, (row + 0.5) * step_y * zoom
-        radius = largest * (1 - 0.4 * rank / max(len(keys) - 1, 1)) * zoom
         pen.ellipse([x - radius - 2, y - radius - 2, x + radius + 2, y + radius + 2], fill=(*INK, 255))
         pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=(*KEY, 255))
     layer = layer.resize((width, height), Image.Resampling.LANCZOS)

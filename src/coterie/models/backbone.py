@@ -4,7 +4,8 @@
 
 Pyramids of coterie get the mask and keep padding out of everything. Models of timm, and ours that are timm's ViT with
 another attention, know no mask: they see the padding as pixels of the mean colour. A model whose maps all have one
-stride (a plain ViT) gets the simple feature pyramid of ViTDet (arXiv 2203.16527, section 3): its last map, enlarged by transposed convolutions and reduced by pooling.
+stride (a plain ViT) gets the simple feature pyramid of ViTDet (arXiv 2203.16527, section 3): its last map, enlarged by
+transposed convolutions and reduced by pooling.
 
 Each map gets a LayerNorm of its own, as in Swin's dense backbones: a stage's output is a residual stream whose scale
 grows with depth, and heads trained from scratch need one that does not.
