@@ -71,6 +71,14 @@ def test_written_in_place_through_data_needs_eval(bias):
 
 
 @torch.no_grad()
+def test_a_cast_there_and_back_forgets(bias):
+    before = bias((3, 4))
+    now = bias.bfloat16().float()((3, 4))
+    assert now is not before
+    assert torch.equal(now, copy.deepcopy(bias).train()((3, 4)))
+
+
+@torch.no_grad()
 def test_an_ensemble_in_one_call(bias):
     several = [copy.deepcopy(bias) for _ in range(3)]
     for number, one in enumerate(several):

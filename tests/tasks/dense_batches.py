@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from coterie.tasks import create_task
@@ -94,3 +95,18 @@ def task_and_model(name, model="dgt_pico", classes=None, seed=0, **options):
     torch.manual_seed(seed)
     config = SimpleNamespace(name=model, options=SMALL[model], drop_path=0.0)
     return task, task.build_model(config, SimpleNamespace(classes=classes, channels=3))
+
+
+def assert_answered_one_by_one(task, model, batch):
+    """What is answered about each image of a padded batch is what is answered about it alone."""
+    model.eval()
+    assert "mask" in batch
+    with torch.inference_mode():
+        together = task.answers(task.predict(model, batch), batch)
+        for row, (height, width) in enumerate(batch["size"].tolist()):
+            one = {"image": batch["image"][row : row + 1, :, :height, :width], "size": batch["size"][row : row + 1],
+                   "original_size": batch["original_size"][row : row + 1]}  # fmt: skip
+            alone = task.answers(task.predict(model, one), one)[0]
+            assert alone.keys() == together[row].keys()
+            for key, value in alone.items():
+                np.testing.assert_array_equal(together[row][key], value)

@@ -1,9 +1,8 @@
 """What a dense task answers about an image does not depend on the other images of the batch."""
 
-import numpy as np
 import pytest
 import torch
-from dense_batches import batch_of, task_and_model
+from dense_batches import assert_answered_one_by_one, batch_of, task_and_model
 
 CASES = [
     ("semantic-segmentation", {"decoder": "fpn"}),
@@ -16,18 +15,8 @@ CASES = [
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_an_image_is_answered_as_if_it_were_alone(name, options):
     task, model = task_and_model(name, **options)
-    model.eval()
     batch, _, _ = batch_of([(64, 96), (50, 70), (41, 96)])
-    assert "mask" in batch
-    with torch.inference_mode():
-        together = task.answers(task.predict(model, batch), batch)
-        for row, (height, width) in enumerate(batch["size"].tolist()):
-            one = {"image": batch["image"][row : row + 1, :, :height, :width], "size": batch["size"][row : row + 1],
-                   "original_size": batch["original_size"][row : row + 1]}  # fmt: skip
-            alone = task.answers(task.predict(model, one), one)[0]
-            assert alone.keys() == together[row].keys()
-            for key, value in alone.items():
-                np.testing.assert_array_equal(together[row][key], value)
+    assert_answered_one_by_one(task, model, batch)
 
 
 def test_images_of_one_size_are_computed_together():

@@ -1,9 +1,7 @@
 """Every system's backbone under the dense tasks: images of several sizes in a batch, gradients, and no batch mates."""
 
-import numpy as np
 import pytest
-import torch
-from dense_batches import SMALL, batch_of, task_and_model
+from dense_batches import SMALL, assert_answered_one_by_one, batch_of, task_and_model
 
 from coterie.models import list_models
 
@@ -21,18 +19,9 @@ def test_every_system_is_here():
 def test_a_padded_batch_trains_and_is_answered_one_by_one(backbone, name, options):
     task, model = task_and_model(name, backbone, **options)
     batch, _, _ = batch_of(SIZES)
-    assert "mask" in batch
     loss = task.loss(model.train(), batch)["loss"]
     loss.backward()
     assert loss.isfinite()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not without, without
-    model.eval()
-    with torch.inference_mode():
-        together = task.answers(task.predict(model, batch), batch)
-        for row, (height, width) in enumerate(batch["size"].tolist()):
-            one = {"image": batch["image"][row : row + 1, :, :height, :width], "size": batch["size"][row : row + 1],
-                   "original_size": batch["original_size"][row : row + 1]}  # fmt: skip
-            alone = task.answers(task.predict(model, one), one)[0]
-            for key, value in alone.items():
-                np.testing.assert_array_equal(together[row][key], value)
+    assert_answered_one_by_one(task, model, batch)

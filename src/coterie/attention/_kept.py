@@ -36,6 +36,10 @@ class Keeper(nn.Module):
         self._kept = None
         return super().train(mode)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._kept = None  # there and back again (`bfloat16().float()`) may end at the same place in memory
+        return super()._apply(*args, **kwargs)
+
 
 def _state(parameters: Iterable[Tensor]) -> tuple[tuple[int, int], ...] | None:
     """What a change of these tensors would change; None where that cannot be told."""
