@@ -302,21 +302,24 @@ def test_only_the_gradients_asked_for_are_given(backend):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_memory_is_linear(backend):
-    """In a process of its own; all scores of 8,192 tokens and one head would take 268 MB."""
+    """In a process of its own: four times the tokens must not take half of one head's 268 MB of scores more.
+
+    What a process takes once (modules loaded at the first backward pass, the allocator's reserves) is some 200 MB,
+    uncertain by tens: it is paid at the smaller size, twice, before anything is compared.
+    """
     import subprocess
     import sys
 
     code = (
         "import sys, threading, torch; sys.path.insert(0, 'tests/ops')\n"
         "from composable_inputs import inputs, results\n"
-        "from pathlib import Path\n"
         "def peak(): return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])\n"
         "def run(n):\n"
         "    parts = {'query_in', 'query_out', 'key_in', 'key_out'}\n"
         f"    options = {{'is_causal': True, 'backend': '{backend}'}}\n"
         "    results(inputs(1, 1, n, dtype=torch.float32, dim=8, parts=parts), **options)\n"
         "    return peak()\n"
-        "torch.set_num_threads(2); small = run(2048); print((run(8192) - small) // 1024)"
+        "torch.set_num_threads(2); run(2048); small = run(2048); print((run(8192) - small) // 1024)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(out.stdout) < 60, f"{out.stdout} MB more"
+    assert int(out.stdout) < 134, f"{out.stdout} MB more"
