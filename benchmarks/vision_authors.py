@@ -87,17 +87,27 @@ def main() -> None:
     what = f"{args.size}x{args.size}, batch {args.batch}, {'training step' if args.train else 'inference'}, float32"
     print(f"{args.model}, {what}; outputs differ by {error:.1e} relative", flush=True)
     calls = {"coterie": make_call(ours, images, args.train), "authors": make_call(theirs, images, args.train)}
-    timings = alternate(calls, Settings(time_limit=args.time_limit)).timings
-    base = timings["coterie"].samples
+    compare(calls, args.time_limit)
+    print(machine())
+
+
+def compare(calls: dict[str, Callable[[], object]], time_limit: float) -> None:
+    """A line each: seconds, and their ratio to the first contender's, round by round."""
+    timings = alternate(calls, Settings(time_limit=time_limit)).timings
+    first = next(iter(timings))
     for contender, timing in timings.items():
         low, high = timing.quartiles
-        ratio = statistics.median(a / b for a, b in zip(timing.samples, base, strict=True))
+        ratio = statistics.median(a / b for a, b in zip(timing.samples, timings[first].samples, strict=True))
         print(
-            f"{contender:<10}{timing.median:>9.3f} s   {low:.3f} .. {high:.3f} s   {len(timing.samples)} rounds   "
-            f"{ratio:.2f}x ours"
+            f"{contender:<10}{timing.median:>9.4f} s   {low:.4f} .. {high:.4f} s   {len(timing.samples)} rounds   "
+            f"{ratio:.2f}x {first}",
+            flush=True,
         )
+
+
+def machine() -> str:
     seen = conditions(torch.device("cpu"))
-    print(f"{seen['cpu']}, {seen['threads']} threads, torch {seen['versions']['torch']}, {seen['date']}")
+    return f"{seen['cpu']}, {seen['threads']} threads, torch {seen['versions']['torch']}, {seen['date']}"
 
 
 def make_call(model: nn.Module, images: Tensor, train: bool) -> Callable[[], object]:
