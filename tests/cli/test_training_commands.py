@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from coterie.cli import main
@@ -76,6 +77,20 @@ def test_wrong_arguments_are_one_clear_line(
     assert err.startswith("coterie train: error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+@pytest.mark.parametrize("order", ["{file} {said}", "{said} {file}"])
+def test_what_is_said_prevails_over_a_file_wherever_it_stands(
+    order: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {name: dgt_tiny}\ntrain: {epochs: 9, seed: 4}\n")
+    words = order.format(file=form.format(recipe), said="--model dgt_nano --train.epochs 3").split()
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", *words, "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert (found["model"]["name"], found["train"]["epochs"], found["train"]["seed"]) == ("dgt_nano", 3, 4)
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "predict", "list"])

@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         modules[name].configure(typed)
-        return _run(name, modules[name], typed.parse_args(_long(arguments[1:], getattr(modules[name], "SHORT", {}))))
+        given = _files_first(_long(arguments[1:], getattr(modules[name], "SHORT", {})))
+        return _run(name, modules[name], typed.parse_args(given))
 
     parser = argparse.ArgumentParser(
         prog="coterie",
@@ -89,6 +90,19 @@ def _long(arguments: list[str], short: dict[str, str]) -> list[str]:
         if option in short and not following.lstrip().startswith("{"):
             out[place] = short[option] + equals + value
     return out
+
+
+def _files_first(arguments: list[str]) -> list[str]:
+    """The arguments with every `--config FILE` in front: what is said prevails, also when said before it."""
+    files, others, rest = [], [], iter(arguments)
+    for argument in rest:
+        if argument == "--config":
+            files += [argument, *(value for value in [next(rest, None)] if value is not None)]
+        elif argument.startswith("--config="):
+            files.append(argument)
+        else:
+            others.append(argument)
+    return files + others
 
 
 def _run(name: str, module: object, args: object) -> int:

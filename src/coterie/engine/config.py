@@ -211,7 +211,7 @@ CHANGEABLE = ("output.", "data.workers", "data.max_bad_share")
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Give a jsonargparse parser `--config FILE` and one dotted option for each field of `RunConfig`."""
-    parser.add_argument("--config", action="config", help="YAML file with a configuration; options after it prevail")
+    parser.add_argument("--config", action="config", help="YAML file with a configuration; options prevail over it")
     parser.add_class_arguments(RunConfig)
 
 
